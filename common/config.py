@@ -1,0 +1,162 @@
+"""Presets, and the options that all scripts share.
+
+Nothing here imports torch, so that --help and errors in options answer at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+FORMATS = ("fp32", "fp16", "int8", "int7", "int6", "int5", "int4", "int3", "int2")
+
+
+class UserError(ValueError):
+    """Bad input or surroundings: shown as one line, without a traceback."""
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of the U-Net; the defaults are the published one."""
+
+    channels: tuple[int, ...] = (64, 128, 256, 512, 512, 384)
+    groups: int = 32
+    heads: int = 8
+    attention_layers: tuple[int, ...] = (2, 6)
+    dropout: float = 0.1
+    timesteps: int = 1000
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One training run: `steps` optimizer steps of `batch_size` digits."""
+
+    data: str
+    batch_size: int
+    steps: int
+    lr: float
+    warmup_steps: int
+    ema: float
+    gradient_clip: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A network, its training, and what is sampled and measured by default."""
+
+    network: UNetConfig
+    training: TrainingConfig
+    images: int
+    sampler: str
+    steps: int
+    batch_size: int
+    fisher_digits: int  # at timestep 1
+    fisher_grid_digits: int  # at each timestep of the grid
+
+
+PRESETS = {
+    "paper": Preset(
+        network=UNetConfig(),
+        training=TrainingConfig(data="mnist", batch_size=128, steps=47_000, lr=3e-4, warmup_steps=1_000, ema=0.9995),
+        images=5_000,
+        sampler="ddpm",
+        steps=1_000,
+        batch_size=250,
+        fisher_digits=1_024,
+        fisher_grid_digits=256,
+    ),
+    "quick": Preset(
+        # Without dropout: at this length the small network is still short of capacity, not of data.
+        network=UNetConfig(channels=(16, 32, 64, 128, 128, 96), groups=16, heads=4, dropout=0.0),
+        training=TrainingConfig(data="mnist5k", batch_size=32, steps=6_000, lr=2e-3, warmup_steps=100, ema=0.999),
+        images=1_000,
+        sampler="ddim",
+        steps=20,
+        batch_size=50,
+        fisher_digits=512,
+        fisher_grid_digits=128,
+    ),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with exit code 2."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, and the examples of the docstring as they are written."""
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def bounded_float(low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a number in low..high."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number in {low:g}..{high:g}")
+        return value
+
+    return parse
+
+
+def script_parser(description: str) -> Parser:
+    """The options that the five scripts share. Defaults of None are filled from the preset by `experiment.prepare`."""
+    parser = Parser(description=description)
+    run = parser.add_argument_group("model and data")
+    run.add_argument("--preset", choices=PRESETS, help="default: paper where CUDA is available, else quick")
+    run.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: checkpoints/<preset>.safetensors")
+    run.add_argument("--data", choices=("mnist", "mnist5k"), help="default: what the preset trains on")
+    run.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="holds MNIST/raw")
+    quantization = parser.add_argument_group("quantization")
+    quantization.add_argument(
+        "--format", choices=FORMATS[1:], default="fp16", help="what a tensor below its threshold becomes"
+    )
+    quantization.add_argument(
+        "--fisher-timestep", choices=("1", "all"), default="1", help="Fisher values of timestep 1, or the mean over all"
+    )
+    sampling = parser.add_argument_group("sampling (defaults of None follow the preset)")
+    sampling.add_argument("--images", type=positive_int, metavar="N")
+    sampling.add_argument("--sampler", choices=("ddpm", "ddim"))
+    sampling.add_argument("--steps", type=positive_int, metavar="N", help="DDIM steps; ddpm takes all T")
+    sampling.add_argument("--batch-size", type=positive_int, metavar="N")
+    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--device", default=None, help="cpu, cuda or cuda:N; default: cuda where available, else cpu")
+    sampling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network when sampling")
+    metrics = parser.add_argument_group("metrics and output")
+    metrics.add_argument("--metric", choices=("mnist", "inception"), default="mnist")
+    metrics.add_argument("--inception-weights", type=Path, metavar="FILE", help="default: download them")
+    metrics.add_argument("--out", type=Path, metavar="DIR", help="default: results/<preset>")
+    metrics.add_argument("--dry-run", action="store_true", help="print configuration, sizes and cost; run nothing")
+    return parser
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Runs a script's main; a UserError becomes one line and exit code 1."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues where it stopped")

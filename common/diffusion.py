@@ -1,0 +1,92 @@
+"""The DDPM: noise schedule, training loss, and the samplers."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Schedule:
+    """Linear beta from 1e-4 to 0.02 (Ho et al. 2020, section 4). Timesteps are 0..T-1; 0 holds the least noise."""
+
+    def __init__(self, timesteps: int = 1000):
+        self.timesteps = timesteps
+        self.betas = np.linspace(1e-4, 0.02, timesteps)  # float64; the products below lose digits in float32
+        self.alphas_cumprod = np.cumprod(1 - self.betas)
+
+    def add_noise(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, eq. 4); x0, noise (N, ...), t (N,)."""
+        abar = torch.from_numpy(self.alphas_cumprod).to(x0.device)[t].view(-1, *[1] * (x0.dim() - 1))
+        return abar.sqrt().to(x0.dtype) * x0 + (1 - abar).sqrt().to(x0.dtype) * noise
+
+    def predict_x0(self, x: torch.Tensor, eps: torch.Tensor, t: int) -> torch.Tensor:
+        """x_0 that x_t and the predicted noise imply, clipped to the range of the data."""
+        abar = self.alphas_cumprod[t]
+        return ((x - float(np.sqrt(1 - abar)) * eps) / float(np.sqrt(abar))).clamp_(-1, 1)
+
+    def ddpm_step(self, x: torch.Tensor, eps: torch.Tensor, t: int, noise: torch.Tensor) -> torch.Tensor:
+        """x_{t-1} of the ancestral sampler with the posterior variance (Ho et al. 2020, eq. 7); no noise at t = 0."""
+        abar, beta = self.alphas_cumprod[t], self.betas[t]
+        abar_prev = self.alphas_cumprod[t - 1] if t > 0 else 1.0
+        x0_weight = np.sqrt(abar_prev) * beta / (1 - abar)
+        x_weight = np.sqrt(1 - beta) * (1 - abar_prev) / (1 - abar)
+        sigma = np.sqrt(beta * (1 - abar_prev) / (1 - abar))
+        return float(x0_weight) * self.predict_x0(x, eps, t) + float(x_weight) * x + float(sigma) * noise
+
+    def ddim_step(self, x: torch.Tensor, eps: torch.Tensor, t: int, t_next: int) -> torch.Tensor:
+        """x at the earlier timestep `t_next` (-1: the finished image), eta = 0 (Song et al. 2021, eq. 12)."""
+        abar_next = self.alphas_cumprod[t_next] if t_next >= 0 else 1.0
+        return float(np.sqrt(abar_next)) * self.predict_x0(x, eps, t) + float(np.sqrt(1 - abar_next)) * eps
+
+    def ddim_timesteps(self, steps: int) -> list[int]:
+        """`steps` timesteps from T-1 down, evenly spaced ("trailing", Lin et al. 2024, table 2)."""
+        return [round(self.timesteps - i * self.timesteps / steps) - 1 for i in range(steps)]
+
+
+def denoising_loss(network: nn.Module, schedule: Schedule, x0, t, noise) -> torch.Tensor:
+    """(N,): mean squared error between the true and the predicted noise of each image (Ho et al. 2020, eq. 14)."""
+    return (network(schedule.add_noise(x0, t, noise), t) - noise).float().square().flatten(1).mean(1)
+
+
+class NoiseStreams:
+    """One stream of standard normal noise for each image: image i depends on (seed, i) alone.
+
+    Philox is a counter-based generator keyed by (seed, i), and numpy's is the same on every machine and device.
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int]):
+        self._streams = [np.random.Generator(np.random.Philox(key=[seed, i])) for i in indices]
+
+    def draw(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The next noise of each image, (N, 1, 32, 32)."""
+        noise = np.stack([stream.standard_normal((1, 32, 32), dtype=np.float32) for stream in self._streams])
+        return torch.from_numpy(noise).to(device)
+
+
+@torch.inference_mode()
+def sample(
+    network: Denoiser,
+    schedule: Schedule,
+    noise: NoiseStreams,
+    sampler: str,
+    steps: int,
+    device: torch.device | str = "cpu",
+    on_step: Callable[[], None] = lambda: None,
+) -> torch.Tensor:
+    """Images, float (N, 1, 32, 32), one for each stream of `noise`.
+
+    sampler: "ddpm" (all T steps; `steps` must equal T) or "ddim" (`steps` of 1..T). `on_step` is called after each step.
+    """
+    timesteps = schedule.ddim_timesteps(steps)
+    x = noise.draw(device).to(memory_format=torch.channels_last)
+    for t, t_next in zip(timesteps, timesteps[1:] + [-1], strict=True):
+        eps = network(x, torch.full((len(x),), t, device=x.device)).float()
+        if sampler == "ddim":
+            x = schedule.ddim_step(x, eps, t, t_next)
+        else:
+            x = schedule.ddpm_step(x, eps, t, noise.draw(device) if t > 0 else torch.zeros_like(x))
+        on_step()
+    return x

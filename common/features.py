@@ -1,0 +1,174 @@
+"""Feature networks of the metrics: a small MNIST classifier that ships, and pytorch-fid's Inception.
+
+    python -m common.features --data-dir data     # trains the MNIST classifier; needs the full MNIST
+"""
+
+import hashlib
+from itertools import pairwise
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from common import checkpoint
+from common.config import Parser, UserError, run_main
+from common.data import load_labelled_digits, to_model_range
+from common.device import derive_seed, set_true_fp32
+
+CLASSIFIER_FILE = Path(__file__).parent.parent / "checkpoints" / "features.safetensors"
+CLASSIFIER_SHA256 = "unset"
+INCEPTION_SHA256_PREFIX = "6726825d"  # also the end of the file's name, as torch.hub expects it
+
+
+class DigitClassifier(nn.Module):
+    """Ten classes from (N, 1, 32, 32) in [-1, 1]; its 128 pooled activations are the features of `--metric mnist`."""
+
+    name = "mnist"
+    dimensions = 128
+
+    def __init__(self):
+        super().__init__()
+        widths, strides = (1, 16, 32, 32, 64, 128), (1, 2, 1, 2, 2)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride, padding=1, bias=False)
+            for (a, b), stride in zip(pairwise(widths), strides, strict=True)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
+        self.head = nn.Linear(widths[-1], 10)
+
+    def forward(self, x):
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(norm(conv(x)))
+        features = x.mean((2, 3))
+        return features, self.head(features)
+
+    def extract(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 (N, 32, 32) to features (N, 128) and class probabilities (N, 10), float64 on the CPU."""
+        features, logits = self(to_model_range(images.to(self.head.weight.device)))
+        return features.double().cpu(), logits.double().softmax(1).cpu()
+
+
+class Inception(nn.Module):
+    """pytorch-fid's Inception: 2,048 pooled features and 1,008 class probabilities, as published figures use them."""
+
+    name = "inception"
+    dimensions = 2048
+
+    def __init__(self, network: nn.Module, class_weight: torch.Tensor):
+        super().__init__()
+        self.network = network
+        self.register_buffer("class_weight", class_weight)  # (1008, 2048); the score leaves the bias out
+
+    def extract(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 (N, 32, 32) to features (N, 2048) and class probabilities (N, 1008), float64 on the CPU."""
+        x = (images.to(self.class_weight.device).float() / 255).unsqueeze(1).expand(-1, 3, -1, -1)
+        features = self.network(x)[0].flatten(1)  # resized to 299 and scaled to [-1, 1] inside
+        return features.double().cpu(), (features @ self.class_weight.T).double().softmax(1).cpu()
+
+
+def load_features(metric: str, device: torch.device, inception_weights: Path | None = None) -> nn.Module:
+    """The feature network of `metric`, "mnist" or "inception", in evaluation mode.
+
+    It has `name`, `dimensions`, `extract`, and `sha256`, the hash of its weights. Raises UserError where the weights
+    are missing, unreachable, altered or of the wrong shape.
+    """
+    network = _load_classifier() if metric == "mnist" else _load_inception(inception_weights)
+    return network.to(device).eval().requires_grad_(False)
+
+
+def _load_classifier() -> DigitClassifier:
+    if not CLASSIFIER_FILE.exists():
+        raise UserError(f"{CLASSIFIER_FILE} is missing; git checkout it, or make it: python -m common.features")
+    tensors, _ = checkpoint.load(CLASSIFIER_FILE, "features")
+    network = DigitClassifier()
+    network.load_state_dict(tensors)
+    network.sha256 = checkpoint.hash_tensors(tensors)
+    if network.sha256 != CLASSIFIER_SHA256:
+        raise UserError(
+            f"{CLASSIFIER_FILE} is not the frozen feature network (SHA-256 {network.sha256[:12]}, expected "
+            f"{CLASSIFIER_SHA256[:12]}): figures would not compare; git checkout it"
+        )
+    return network
+
+
+def _load_inception(weights: Path | None) -> Inception:
+    from pytorch_fid import inception
+
+    path = weights or _download_inception(inception.FID_WEIGHTS_URL)
+    if not path.is_file():
+        raise UserError(f"--inception-weights {path}: no such file; leave the option out to download them")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: state):
+            network = inception.InceptionV3([inception.InceptionV3.BLOCK_INDEX_BY_DIM[Inception.dimensions]])
+        class_weight = state["fc.weight"]
+    except Exception as error:  # torch.load and load_state_dict raise many kinds; all mean the same here
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(
+            f"--inception-weights {path}: not the weights of pytorch-fid's Inception ({reason}); "
+            f"get them from {inception.FID_WEIGHTS_URL}"
+        ) from None
+    if not digest.startswith(INCEPTION_SHA256_PREFIX):
+        raise UserError(
+            f"--inception-weights {path}: SHA-256 {digest[:8]}... instead of {INCEPTION_SHA256_PREFIX}...: not the "
+            f"published weights, so no Inception figure is given; get them from {inception.FID_WEIGHTS_URL}"
+        )
+    result = Inception(network, class_weight)
+    result.sha256 = digest
+    return result
+
+
+def _download_inception(url: str) -> Path:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=INCEPTION_SHA256_PREFIX)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"--metric inception: the weights cannot be downloaded ({error}); fetch {url} on another machine and "
+                "name the file with --inception-weights, or use --metric mnist, which needs no download"
+            ) from None
+    return path
+
+
+def train_classifier(data_dir: Path, epochs: int = 3, seed: int = 0) -> tuple[DigitClassifier, float]:
+    """The classifier trained on the 60,000 digits, shifted by up to 2 pixels, and its accuracy on the 10,000 others."""
+    set_true_fp32()
+    torch.manual_seed(derive_seed(seed, "features"))
+    images, labels = load_labelled_digits("mnist", "train", data_dir)
+    network, batch = DigitClassifier().to(memory_format=torch.channels_last), 128
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
+    batches = [chosen for _ in range(epochs) for chosen in torch.randperm(len(images)).split(batch)]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=len(batches))
+    for chosen in tqdm(batches, desc="features", unit="step"):
+        shift = torch.randint(-2, 3, (2,)).tolist()
+        x = to_model_range(images[chosen].roll(shift, (1, 2)))
+        loss = F.cross_entropy(network(x)[1], labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    network.eval()
+    images, labels = load_labelled_digits("mnist", "test", data_dir)
+    with torch.inference_mode():
+        predicted = torch.cat([network.extract(part)[1].argmax(1) for part in images.split(500)])
+    return network, float((predicted == labels).double().mean())
+
+
+def main():
+    parser = Parser(description=__doc__)
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="holds MNIST/raw")
+    parser.add_argument("--out", type=Path, default=CLASSIFIER_FILE)
+    options = parser.parse_args()
+    network, accuracy = train_classifier(options.data_dir)
+    checkpoint.save(options.out, "features", network.state_dict(), {"accuracy": accuracy})
+    print(f"{accuracy:.2%} of the test digits; SHA-256 {checkpoint.hash_tensors(network.state_dict())}; {options.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)

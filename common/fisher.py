@@ -1,0 +1,126 @@
+"""Fisher information of any module's parameters: the mean of the squared gradient of the loss, sample by sample."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from common import checkpoint
+from common.config import UserError
+
+SampleLoss = Callable[..., torch.Tensor]
+
+
+def squared_gradients(
+    network: nn.Module, loss: SampleLoss, samples: tuple[torch.Tensor, ...]
+) -> dict[str, torch.Tensor]:
+    """For each parameter: the mean over its entries of (d loss_n / d w)^2, per sample n; float32 (N,).
+
+    loss(network, *batch) returns one value per sample, (N,); each tensor of `samples` has N as its first dimension.
+    Every sample has its own gradient (vectorised by torch.func); batch-averaged gradients are never squared.
+    """
+    parameters = {name: p.detach() for name, p in network.named_parameters()}
+    buffers = dict(network.named_buffers())
+
+    def call(parameters, *inputs):
+        return functional_call(network, (parameters, buffers), inputs)
+
+    def sample_loss(parameters, *sample):
+        return loss(lambda *inputs: call(parameters, *inputs), *(s.unsqueeze(0) for s in sample)).squeeze(0)
+
+    per_sample = vmap(grad(sample_loss), in_dims=(None, *[0] * len(samples)))
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():  # the fused kernels cannot be vectorised
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        gradients = per_sample(parameters, *samples)
+    return {name: g.flatten(1).square().mean(1) for name, g in gradients.items()}
+
+
+def fisher_information(
+    network: nn.Module, loss: SampleLoss, samples: tuple[torch.Tensor, ...], chunk: int = 16, on_chunk=lambda n: None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Per parameter: the mean over entries and samples of the squared gradient, and its standard error over samples.
+
+    This is the diagonal of the empirical Fisher information, averaged over the entries of a tensor. The network's mode
+    is left alone: put it in evaluation mode first. Memory grows with `chunk` samples, not with their number.
+    """
+    total = len(samples[0])
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name, _ in network.named_parameters()}
+    for start in range(0, total, chunk):
+        batch = tuple(s[start : start + chunk] for s in samples)
+        for name, values in squared_gradients(network, loss, batch).items():
+            values = values.double()
+            sums[name] += torch.stack([values.sum(), values.square().sum()]).cpu()
+        on_chunk(len(batch[0]))
+    mean = {name: float(s[0]) / total for name, s in sums.items()}
+    variance = {name: max(0.0, float(s[1]) / total - mean[name] ** 2) for name, s in sums.items()}
+    return mean, {name: (v / max(1, total - 1)) ** 0.5 for name, v in variance.items()}
+
+
+@dataclass(frozen=True)
+class FisherTable:
+    """Fisher values of one network's parameters over timesteps.
+
+    values, errors: float64 (timesteps, parameters), not normalised. `weights` is the hash of the weights they belong to.
+    """
+
+    names: list[str]
+    timesteps: list[int]
+    values: torch.Tensor
+    errors: torch.Tensor
+    samples: list[int]
+    settings: dict
+    weights: str
+
+    def at(self, timestep: int | str, names: list[str]) -> dict[str, float]:
+        """Values of `names` at a timestep of the table, or "all" (mean over the grid), divided by the largest of them."""
+        if timestep == "all":
+            # The first timestep is there for the published rules; the grid is the rest.
+            row = self.values[1:].mean(0)
+        else:
+            row = self.values[self.timesteps.index(timestep)]
+        chosen = {name: float(row[self.names.index(name)]) for name in names}
+        largest = max(chosen.values())
+        return {name: value / largest for name, value in chosen.items()}
+
+
+def measure(
+    network: nn.Module,
+    loss: SampleLoss,
+    batches: dict[int, tuple[torch.Tensor, ...]],
+    weights: str,
+    settings: dict,
+) -> FisherTable:
+    """Fisher values at each timestep of `batches`, {timestep: samples for `loss`}; shows a progress bar."""
+    names = [name for name, _ in network.named_parameters()]
+    values, errors = [], []
+    with tqdm(total=sum(len(b[0]) for b in batches.values()), desc="Fisher", unit="digit") as bar:
+        for samples in batches.values():
+            mean, error = fisher_information(network, loss, samples, on_chunk=bar.update)
+            values.append([mean[name] for name in names])
+            errors.append([error[name] for name in names])
+    values, errors = torch.tensor(values, dtype=torch.float64), torch.tensor(errors, dtype=torch.float64)
+    return FisherTable(names, list(batches), values, errors, [len(b[0]) for b in batches.values()], settings, weights)
+
+
+def save(path: Path, table: FisherTable) -> None:
+    """Writes the table as a sealed file."""
+    metadata = {k: v for k, v in asdict(table).items() if k not in ("values", "errors")}
+    checkpoint.save(path, "fisher", {"values": table.values, "errors": table.errors}, metadata)
+
+
+def load(path: Path, weights: str) -> FisherTable:
+    """Reads a table; raises UserError where it belongs to other weights than those of hash `weights`."""
+    tensors, metadata = checkpoint.load(path, "fisher")
+    table = FisherTable(**tensors, **metadata)
+    if table.weights != weights:
+        raise UserError(
+            f"{path} holds the Fisher values of other weights ({table.weights[:12]}, not {weights[:12]}); "
+            "delete it and run again"
+        )
+    return table

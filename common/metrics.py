@@ -1,0 +1,262 @@
+"""FID, KID, Inception-style score and PSNR, each with its standard error.
+
+    python -m common.metrics DIR        # scores a folder of images from anywhere against the digits
+
+Errors are those of drawing other generated images from the same model; the reference digits are held fixed. They come
+from influence functions (the infinitesimal jackknife; Efron 1982): each statistic is, to first order, a mean over
+images, and the spread of the images' contributions gives its standard error. Two models sampled from the same noise
+share their images' luck, so the error of their difference is that of the paired contributions.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from common import checkpoint
+from common.config import Parser, UserError, run_main
+
+CHUNK = 500
+KID_REFERENCE = 5_000  # digits at most; the kernel's cost grows with the square
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and what each image contributes to its deviation: influence (N,), mean zero."""
+
+    value: float
+    influence: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """Standard error of the value."""
+        return standard_error(self.influence)
+
+    def minus(self, other: "Estimate") -> tuple[float, float]:
+        """The difference to `other`, whose image i started from the same noise, and its standard error."""
+        return self.value - other.value, standard_error(self.influence - other.influence)
+
+
+def standard_error(influence: np.ndarray) -> float:
+    """Standard deviation over sqrt(N)."""
+    return float(influence.std(ddof=1) / np.sqrt(len(influence)))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of the real digits: mean (D,), covariance (D, D) and its square root, a sample (M, D) for KID."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    covariance_root: np.ndarray
+    sample: np.ndarray
+    kernel_mean: float  # over the pairs of different digits of `sample`
+
+
+@dataclass(frozen=True)
+class Scores:
+    fid: Estimate
+    kid: Estimate
+    inception_score: Estimate
+
+
+def frechet_distance(mean1, covariance1, mean2, covariance2) -> float:
+    """Squared Frechet distance of two Gaussians (Heusel et al. 2017, eq. 6).
+
+    The trace of (C1 C2)^(1/2) is that of the symmetric (C1^(1/2) C2 C1^(1/2))^(1/2), so eigenvalues do.
+    """
+    root = symmetric_root(covariance1)
+    overlap = np.sqrt(np.linalg.eigvalsh(root @ covariance2 @ root).clip(0)).sum()
+    shift = mean1 - mean2
+    return float(shift @ shift + np.trace(covariance1) + np.trace(covariance2) - 2 * overlap)
+
+
+def symmetric_root(matrix: np.ndarray) -> np.ndarray:
+    """The positive semidefinite square root of a symmetric positive semidefinite matrix."""
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+
+
+def fid(features: np.ndarray, reference: Reference) -> Estimate:
+    """Frechet distance of features (N, D) to the reference, covariances with N - 1 as in pytorch-fid.
+
+    Influence of image x: 2 (m - m_r).(x - m) + (x - m)'(1 - G)(x - m), less its mean, where 1 - G is the derivative in
+    the covariance C: G = R M^(-1/2) R with R the root of the reference's covariance and M = R C R.
+    """
+    mean, covariance = features.mean(0), np.cov(features, rowvar=False)
+    root = reference.covariance_root
+    values, vectors = np.linalg.eigh(root @ covariance @ root)
+    kept = values > values[-1] * 1e-12
+    shift = mean - reference.mean
+    overlap = np.sqrt(values[kept]).sum()
+    value = shift @ shift + np.trace(covariance) + np.trace(reference.covariance) - 2 * overlap
+
+    centred = features - mean
+    projected = centred @ root @ vectors[:, kept]  # (N, K)
+    quadratic = (centred**2).sum(1) - (projected**2 / np.sqrt(values[kept])).sum(1)
+    influence = 2 * centred @ shift + quadratic
+    return Estimate(float(value), influence - influence.mean())
+
+
+def kid(features: np.ndarray, reference: Reference) -> Estimate:
+    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, eq. 4), over all images at once."""
+    n = len(features)
+    within, across = np.empty(n), np.empty(n)
+    for start in range(0, n, CHUNK):
+        part = features[start : start + CHUNK]
+        own = _kernel(part, part).diagonal()
+        within[start : start + CHUNK] = (_kernel(part, features).sum(1) - own) / (n - 1)
+        across[start : start + CHUNK] = _kernel(part, reference.sample).mean(1)
+    value = within.mean() + reference.kernel_mean - 2 * across.mean()
+    influence = 2 * (within - across)
+    return Estimate(float(value), influence - influence.mean())
+
+
+def inception_score(probabilities: np.ndarray) -> Estimate:
+    """exp of the mean KL(p(y|x) || p(y)) (Salimans et al. 2016) over all images, one split; probabilities (N, K)."""
+    log_ratio = np.log(probabilities.clip(1e-300)) - np.log(probabilities.mean(0).clip(1e-300))
+    divergence = (probabilities * log_ratio).sum(1)
+    value = float(np.exp(divergence.mean()))
+    return Estimate(value, value * (divergence - divergence.mean()))
+
+
+def psnr(images: torch.Tensor, baseline: torch.Tensor) -> tuple[float, float]:
+    """Peak signal-to-noise ratio in dB of uint8 (N, 32, 32) to images of the same noise, from their mean squared error
+    over all pixels, and its standard error; infinite where they are equal."""
+    squared = np.concatenate(
+        [(a.double() - b.double()).square().flatten(1).mean(1) for a, b in zip(images.split(CHUNK), baseline.split(CHUNK))]
+    )
+    mean = squared.mean()
+    if mean == 0:
+        return float("inf"), 0.0
+    return float(10 * np.log10(255**2 / mean)), float(10 / np.log(10) * standard_error(squared) / mean)
+
+
+def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def extract(images: torch.Tensor, network: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+    """Features (N, D) and class probabilities (N, K) of uint8 images (N, 32, 32)."""
+    chunk = CHUNK if network.name == "mnist" else 50
+    features, probabilities = [], []
+    with torch.inference_mode():
+        for part in tqdm(images.split(chunk), desc="features", unit="batch", disable=len(images) < 20 * chunk):
+            f, p = network.extract(part)
+            features.append(f.numpy())
+            probabilities.append(p.numpy())
+    return np.concatenate(features), np.concatenate(probabilities)
+
+
+def require_enough(images: int, network: nn.Module) -> None:
+    """Raises UserError where the covariance of the features would be singular for want of images."""
+    needed = network.dimensions + 1
+    if images < needed:
+        raise UserError(
+            f"{images} images are too few for {network.dimensions} features ({network.name}): give at least {needed}, "
+            "with --images where they are sampled"
+        )
+
+
+def load_reference(digits: torch.Tensor, network: nn.Module, cache: Path | None) -> Reference:
+    """Statistics of uint8 digits (N, 32, 32), kept in the folder `cache` under everything that they depend on."""
+    key = checkpoint.hash_tensors({"digits": digits})[:12] + "-" + network.sha256[:12]
+    path = cache / f"{network.name}-{key}.safetensors" if cache else None
+    if path and path.exists():
+        tensors, metadata = checkpoint.load(path, "reference")
+        return Reference(**{k: v.numpy() for k, v in tensors.items()}, **metadata)
+    reference = make_reference(extract(digits, network)[0])
+    if path:
+        arrays = {k: torch.from_numpy(v) for k, v in vars(reference).items() if isinstance(v, np.ndarray)}
+        checkpoint.save(path, "reference", arrays, {"kernel_mean": reference.kernel_mean})
+    return reference
+
+
+def make_reference(features: np.ndarray) -> Reference:
+    """Statistics of the features (N, D) of real digits."""
+    covariance = np.cov(features, rowvar=False)
+    chosen = np.random.default_rng(0).permutation(len(features))[:KID_REFERENCE]
+    sample = features[np.sort(chosen)]
+    total = 0.0
+    for start in range(0, len(sample), CHUNK):
+        part = sample[start : start + CHUNK]
+        total += _kernel(part, sample).sum() - _kernel(part, part).trace()
+    kernel_mean = float(total / (len(sample) * (len(sample) - 1)))
+    return Reference(features.mean(0), covariance, symmetric_root(covariance), sample, kernel_mean)
+
+
+def score(images: torch.Tensor, network: nn.Module, reference: Reference) -> Scores:
+    """FID, KID and score of uint8 images (N, 32, 32)."""
+    require_enough(len(images), network)
+    features, probabilities = extract(images, network)
+    return Scores(fid(features, reference), kid(features, reference), inception_score(probabilities))
+
+
+def load_folder(folder: Path) -> torch.Tensor:
+    """The images of a folder, in the order of their names: uint8 (N, 32, 32); 28x28 ones are padded with black.
+
+    Raises UserError for a folder without images, or an image of another size.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    from common.data import pad_digits
+
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"))
+    if not paths:
+        raise UserError(f"{folder}: no images (png, jpg, bmp, gif or webp)")
+
+    def read() -> Iterator[torch.Tensor]:
+        for path in tqdm(paths, desc="reading", unit="image", disable=len(paths) < 2_000):
+            try:
+                with Image.open(path) as image:
+                    pixels = torch.from_numpy(np.array(image.convert("L")))
+            except (UnidentifiedImageError, OSError) as error:
+                raise UserError(f"{path}: not a readable image ({error})") from None
+            if pixels.shape == (28, 28):
+                pixels = pad_digits(pixels)
+            if pixels.shape != (32, 32):
+                raise UserError(f"{path} is {pixels.shape[1]}x{pixels.shape[0]}; digits must be 28x28 or 32x32")
+            yield pixels
+
+    return torch.stack(list(read()))
+
+
+def main():
+    parser = Parser(prog="python -m common.metrics", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="white digits on black, 28x28 or 32x32")
+    parser.add_argument("--metric", choices=("mnist", "inception"), default="mnist")
+    parser.add_argument("--inception-weights", type=Path, metavar="FILE", help="default: download them")
+    parser.add_argument("--data", choices=("mnist", "mnist5k"), default="mnist5k", help="the digits to compare with")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="holds MNIST/raw")
+    parser.add_argument("--device", default=None)
+    options = parser.parse_args()
+
+    from common.data import load_digits
+    from common.device import choose_device, set_true_fp32
+    from common.features import load_features
+
+    images = load_folder(options.folder)
+    set_true_fp32()
+    network = load_features(options.metric, choose_device(options.device), options.inception_weights)
+    require_enough(len(images), network)
+    digits = load_digits(options.data, "train", options.data_dir)
+    scores = score(images, network, load_reference(digits, network, cache=None))
+    print(f"{len(images)} images against {len(digits)} digits of {options.data}; {describe(network)}")
+    print(f"FID {scores.fid.value:.3f} +- {scores.fid.error:.3f}")
+    print(f"KID {1e3 * scores.kid.value:.3f} +- {1e3 * scores.kid.error:.3f} (x 1000)")
+    print(f"IS  {scores.inception_score.value:.3f} +- {scores.inception_score.error:.3f}")
+
+
+def describe(network: nn.Module) -> str:
+    """The name of the features for a table's header."""
+    return f"{network.name} features {network.sha256[:8]}"
+
+
+if __name__ == "__main__":
+    run_main(main)

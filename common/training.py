@@ -1,0 +1,168 @@
+"""The training loop. All randomness of step k follows from (seed, k), so a resumed run repeats the rest bit for bit."""
+
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from common import checkpoint
+from common.config import TrainingConfig, UserError
+from common.data import to_model_range
+from common.device import autocast, derive_seed
+from common.diffusion import Schedule, denoising_loss
+
+SAVE_SECONDS = 60
+
+
+class TrainingError(UserError):
+    """Training that cannot go on."""
+
+
+def learning_rate(config: TrainingConfig, step: int) -> float:
+    """Linear warm-up, then half a cosine down to zero."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def ema_decay(config: TrainingConfig, step: int) -> float:
+    """Ramps up from 0.1, so that early averages hold no initial weights."""
+    return min(config.ema, (1 + step) / (10 + step))
+
+
+def stratified_timesteps(n: int, timesteps: int, device) -> torch.Tensor:
+    """(n,) int64, one timestep from each n-th part of 0..T-1: uniform, with less variance than n independent draws."""
+    uniform = torch.rand(n, device=device, dtype=torch.float64)
+    return ((torch.arange(n, device=device) + uniform) * (timesteps / n)).long().clamp_(max=timesteps - 1)
+
+
+class EpochOrder:
+    """Which digits step k sees: each epoch is a permutation drawn from (seed, epoch)."""
+
+    def __init__(self, digits: int, batch_size: int, seed: int):
+        self.digits, self.batch_size, self.seed = digits, batch_size, seed
+        self._permutations: dict[int, torch.Tensor] = {}
+
+    def indices(self, step: int) -> torch.Tensor:
+        """(batch_size,) int64; a batch may end one epoch and begin the next."""
+        places = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs = places // self.digits
+        for epoch in set(epochs.tolist()) - self._permutations.keys():
+            self._permutations = {epoch - 1: self._permutations.get(epoch - 1), epoch: self._permutation(epoch)}
+        return torch.stack([self._permutations[e][p % self.digits] for e, p in zip(epochs.tolist(), places.tolist())])
+
+    def _permutation(self, epoch: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
+        return torch.randperm(self.digits, generator=generator)
+
+
+def train(
+    network: nn.Module,
+    config: TrainingConfig,
+    digits: torch.Tensor,
+    state_path: Path,
+    device: torch.device,
+    precision: str,
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Trains `network` on `digits` (uint8, (N, 32, 32)); returns the EMA weights and the loss of each step.
+
+    Continues from `state_path` where it exists, and writes it about once a minute. Raises TrainingError when a loss is
+    not finite or the state belongs to another run; CheckpointError when its file is damaged.
+    """
+    schedule = Schedule(network.config.timesteps)
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    for module in network.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    network.to(device, memory_format=torch.channels_last).train()
+    parameters = dict(network.named_parameters())
+    optimizer = torch.optim.Adam(parameters.values(), lr=config.lr, fused=True)
+    ema = {name: p.detach().clone() for name, p in parameters.items()}
+    losses = torch.zeros(config.steps, device=device)
+    run = {
+        "architecture": asdict(network.config),
+        "training": asdict(config),
+        "precision": precision,
+        "digits": checkpoint.hash_tensors({"digits": digits}),
+    }
+
+    step = 0
+    if state_path.exists():
+        step = _load_state(state_path, run, parameters, ema, optimizer, losses)
+    images = digits.to(device)
+    order = EpochOrder(len(digits), config.batch_size, config.seed)
+    saved_at = time.monotonic()
+
+    for step in tqdm(range(step, config.steps), desc="training", initial=step, total=config.steps, unit="step"):
+        torch.manual_seed(derive_seed(config.seed, "step", step))
+        x0 = to_model_range(images[order.indices(step).to(device)]).contiguous(memory_format=torch.channels_last)
+        t = stratified_timesteps(len(x0), schedule.timesteps, device)
+        noise = torch.randn_like(x0)
+        with autocast(device, precision):
+            loss = denoising_loss(network, schedule, x0, t, noise).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters.values(), config.gradient_clip, foreach=True)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        optimizer.step()
+        torch._foreach_lerp_(list(ema.values()), list(parameters.values()), 1 - ema_decay(config, step))
+        losses[step] = loss.detach()
+        if time.monotonic() - saved_at > SAVE_SECONDS or step + 1 == config.steps:
+            _require_finite(losses[: step + 1])
+            _save_state(state_path, run, step + 1, parameters, ema, optimizer, losses)
+            saved_at = time.monotonic()
+
+    return {name: tensor.cpu().contiguous() for name, tensor in ema.items()}, losses.tolist()
+
+
+def _require_finite(losses: torch.Tensor) -> None:
+    finite = losses.isfinite()
+    if not finite.all():
+        raise TrainingError(
+            f"the loss is not finite at step {int((~finite).nonzero()[0])}; "
+            "the last good state is kept; lower the learning rate in common/config.py and use --retrain"
+        )
+
+
+def _save_state(path, run, step, parameters, ema, optimizer, losses) -> None:
+    tensors = {"losses": losses}
+    for name, parameter in parameters.items():
+        moments = optimizer.state[parameter]
+        tensors[f"weights/{name}"] = parameter
+        tensors[f"ema/{name}"] = ema[name]
+        tensors[f"exp_avg/{name}"] = moments["exp_avg"]
+        tensors[f"exp_avg_sq/{name}"] = moments["exp_avg_sq"]
+    checkpoint.save(path, "training", tensors, {**run, "step": step})
+
+
+def _load_state(path, run, parameters, ema, optimizer, losses) -> int:
+    """Copies a saved state into place and returns the number of steps done."""
+    tensors, metadata = checkpoint.load(path, "training")
+    step = metadata.pop("step")
+    for key, value in run.items():
+        if metadata[key] != _as_json(value):
+            raise TrainingError(
+                f"{path} is an unfinished run with another {key}: {metadata[key]} instead of {_as_json(value)}; "
+                "delete it to begin anew"
+            )
+    losses.copy_(tensors["losses"])
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"weights/{name}"])
+            ema[name].copy_(tensors[f"ema/{name}"])
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(step), device=parameter.device),
+                "exp_avg": torch.empty_like(parameter).copy_(tensors[f"exp_avg/{name}"]),
+                "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"exp_avg_sq/{name}"]),
+            }
+    return step
+
+
+def _as_json(value):
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()} if isinstance(value, dict) else value
