@@ -50,8 +50,7 @@ class Preset:
     training: TrainingConfig
     images: int
     sampler: str
-    steps: int
-    batch_size: int
+    ddim_steps: int
     fisher_digits: int  # at timestep 1
     fisher_grid_digits: int  # at each timestep of the grid
 
@@ -62,8 +61,7 @@ PRESETS = {
         training=TrainingConfig(data="mnist", batch_size=128, steps=47_000, lr=3e-4, warmup_steps=1_000, ema=0.9995),
         images=5_000,
         sampler="ddpm",
-        steps=1_000,
-        batch_size=250,
+        ddim_steps=50,
         fisher_digits=1_024,
         fisher_grid_digits=256,
     ),
@@ -73,10 +71,9 @@ PRESETS = {
         training=TrainingConfig(data="mnist5k", batch_size=32, steps=6_000, lr=2e-3, warmup_steps=100, ema=0.999),
         images=1_000,
         sampler="ddim",
-        steps=20,
-        batch_size=50,
-        fisher_digits=512,
-        fisher_grid_digits=128,
+        ddim_steps=20,
+        fisher_digits=32,
+        fisher_grid_digits=8,
     ),
 }
 
@@ -92,7 +89,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, and the examples of the docstring as they are written."""
+    """Shows defaults where there are any, and the examples of the docstring as they are written."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def positive_int(text: str) -> int:
@@ -136,7 +136,7 @@ def script_parser(description: str) -> Parser:
     quantization.add_argument(
         "--fisher-timestep", choices=("1", "all"), default="1", help="Fisher values of timestep 1, or the mean over all"
     )
-    sampling = parser.add_argument_group("sampling (defaults of None follow the preset)")
+    sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--images", type=positive_int, metavar="N")
     sampling.add_argument("--sampler", choices=("ddpm", "ddim"))
     sampling.add_argument("--steps", type=positive_int, metavar="N", help="DDIM steps; ddpm takes all T")

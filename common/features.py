@@ -19,7 +19,7 @@ from common.data import load_labelled_digits, to_model_range
 from common.device import derive_seed, set_true_fp32
 
 CLASSIFIER_FILE = Path(__file__).parent.parent / "checkpoints" / "features.safetensors"
-CLASSIFIER_SHA256 = "unset"
+CLASSIFIER_SHA256 = "abcc2d222f6c21c5f551b2e2c2519179085815f17fc1863703819d058add19ad"
 INCEPTION_SHA256_PREFIX = "6726825d"  # also the end of the file's name, as torch.hub expects it
 
 

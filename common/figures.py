@@ -1,0 +1,185 @@
+"""The figures of a results folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from common import fisher  # noqa: E402
+from common.layers import by_layer, layer_weights  # noqa: E402
+from common.model import Model, load_model  # noqa: E402
+from common.sampling import load_images  # noqa: E402
+
+SHOWN_IMAGES = 12
+GROUPS = {"layers 1-2": "12", "layers 3-6": "3456"}
+
+
+def draw_all(folder: Path, groups: list[list[dict]]) -> list[Path]:
+    """Draws what the rows and files of `folder` allow; returns the paths of the figures."""
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    drawn = []
+
+    def keep(name: str, draw: Callable, *arguments) -> None:
+        figure = draw(*arguments)
+        if figure is not None:
+            drawn.append(figures / f"{name}.png")
+            figure.savefig(drawn[-1], dpi=110, bbox_inches="tight")
+            plt.close(figure)
+
+    for number, rows in enumerate(groups, start=1):
+        suffix = f"-{number}" if len(groups) > 1 else ""
+        keep(f"samples{suffix}", draw_samples, rows)
+        keep(f"fid-size{suffix}", draw_fid_against_size, rows)
+        keep(f"fid-ratio{suffix}", draw_fid_against_ratio, rows)
+    for path in sorted({row["file"] for rows in groups for row in rows if row.get("strategy") == "Baseline"}):
+        if not Path(path).exists():
+            continue
+        model = load_model(path)
+        name = Path(path).stem
+        keep(f"weights-{name}", draw_weights, model)
+        keep(f"loss-{name}", draw_loss, model)
+        table = folder / f"fisher-{model.sha256[:12]}.safetensors"
+        if table.exists():
+            values = fisher.load(table, model.sha256)
+            keep(f"fisher-tensors-{name}", draw_fisher_by_tensor, values)
+            keep(f"fisher-groups-{name}", draw_fisher_by_group, values)
+    return drawn
+
+
+def draw_samples(rows: list[dict]):
+    """The first images of each model; one column, one noise."""
+    shown = [(r["label"], load_images(Path(r["image_file"]))) for r in rows if Path(r.get("image_file", "")).is_file()]
+    if not shown:
+        return None
+    strips = [(label, torch.cat(list(images[:SHOWN_IMAGES]), dim=1).numpy()) for label, images in shown]
+    figure, axes = plt.subplots(len(strips), 1, figsize=(9, 0.8 * len(strips)), squeeze=False)
+    for axis, (label, strip) in zip(axes[:, 0], strips, strict=True):
+        axis.imshow(strip, cmap="gray", vmin=0, vmax=255)
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        axis.set(xticks=[], yticks=[])
+    axes[0, 0].set_title("Each column starts from the same noise", fontsize=9)
+    return figure
+
+
+def draw_fid_against_size(rows: list[dict]):
+    """FID with one standard error against MiB as stored; the band is that of real test digits."""
+    measured = [r for r in rows if r.get("size_mib")]
+    if len(measured) < 2:
+        return None
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    strategies = list(dict.fromkeys(r["strategy"] for r in measured))
+    for colour, strategy in enumerate(strategies):
+        chosen = [r for r in measured if r["strategy"] == strategy]
+        axis.errorbar(
+            [r["size_mib"] for r in chosen], [r["fid"] for r in chosen], [r["fid_error"] for r in chosen],
+            fmt="o", capsize=3, color=f"C{colour}", label=strategy,
+        )  # fmt: skip
+    _band_of_real_digits(axis, rows)
+    axis.set(xlabel="MiB as stored", ylabel=f"FID ({rows[0]['metric']})", xscale="log", yscale="log")
+    _plain_ticks(axis)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3, which="both")
+    return figure
+
+
+def draw_fid_against_ratio(rows: list[dict]):
+    """FID against the ratio that stays FP32, one line per format."""
+    ratios = [r for r in rows if r.get("strategy") == "Ratio"]
+    if len(ratios) < 2:
+        return None
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    for fmt in dict.fromkeys(r["format"] for r in ratios):
+        chosen = sorted((r for r in ratios if r["format"] == fmt), key=lambda r: float(r["setting"]))
+        axis.errorbar(
+            [float(r["setting"]) for r in chosen], [r["fid"] for r in chosen], [r["fid_error"] for r in chosen],
+            fmt="o-", capsize=3, label=fmt,
+        )  # fmt: skip
+    _band_of_real_digits(axis, rows)
+    axis.set(xlabel="ratio of each layer's weights that stays FP32", ylabel=f"FID ({rows[0]['metric']})")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def _band_of_real_digits(axis, rows: list[dict]) -> None:
+    for row in rows:
+        if row["label"].startswith("Real"):
+            axis.axhspan(row["fid"] - row["fid_error"], row["fid"] + row["fid_error"], color="0.8", label=row["label"])
+
+
+def _plain_ticks(axis) -> None:
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        side.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 0.7)))
+
+
+def draw_fisher_by_tensor(table: fisher.FisherTable):
+    """Fisher value of each weight tensor of each layer, one line per timestep, log scale."""
+    layers = by_layer(dict.fromkeys(layer_weights(table.names), 0.0))
+    figure, axes = plt.subplots(2, 3, figsize=(14, 8), sharey=True)
+    colours = plt.get_cmap("viridis")
+    order = np.argsort(table.timesteps)
+    for axis, (layer, names) in zip(axes.flat, layers.items(), strict=True):
+        columns = [table.names.index(name) for name in names]
+        for place, i in enumerate(order):
+            axis.plot(table.values[i, columns], color=colours(place / (len(order) - 1)), marker=".", linewidth=1)
+        axis.set_xticks(range(len(names)))
+        short = [name.removeprefix(f"{layer}.").removesuffix(".weight") for name in names]
+        axis.set_xticklabels(short, rotation=60, ha="right", fontsize=7)
+        axis.set(yscale="log", title=layer)
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("Fisher value")
+    figure.tight_layout()
+    scale = plt.cm.ScalarMappable(plt.Normalize(min(table.timesteps), max(table.timesteps)), colours)
+    figure.colorbar(scale, ax=axes, label="timestep (0: finished image)")
+    return figure
+
+
+def draw_fisher_by_group(table: fisher.FisherTable):
+    """Mean and median Fisher value of the weights of layers 1-2 and 3-6 over timesteps, log scale."""
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    order = np.argsort(table.timesteps)
+    timesteps = np.array(table.timesteps)[order]
+    names = layer_weights(table.names)
+    for colour, (label, layers) in enumerate(GROUPS.items()):
+        columns = [table.names.index(name) for name in names if name[len("layer")] in layers]
+        values = table.values[order][:, columns]
+        error = table.errors[order][:, columns].square().sum(1).sqrt() / len(columns)
+        axis.errorbar(timesteps, values.mean(1), error, fmt="o-", color=f"C{colour}", capsize=2, label=f"{label}, mean")
+        axis.plot(timesteps, values.median(1).values, "s--", color=f"C{colour}", label=f"{label}, median", markersize=4)
+    axis.set(yscale="log", xlabel="timestep (0: finished image)", ylabel="Fisher value")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def draw_weights(model: Model):
+    """Histograms of the convolution and projection weights of each layer."""
+    layers = by_layer({n: 0.0 for n in layer_weights(model.state) if model.state[n].dim() > 1})
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6))
+    for axis, (layer, names) in zip(axes.flat, layers.items(), strict=True):
+        values = torch.cat([model.state[name].flatten() for name in names]).numpy()
+        axis.hist(values, bins=200, log=True)
+        axis.set_title(f"{layer}: {len(values):,} weights, std {values.std():.3f}", fontsize=9)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+def draw_loss(model: Model):
+    """The training loss, averaged over a few steps."""
+    curve, training = model.about.get("loss_curve"), model.about["training"]
+    if not curve:
+        return None
+    figure, axis = plt.subplots(figsize=(7, 4))
+    axis.plot(np.linspace(0, training["steps"], len(curve)), curve)
+    axis.set(yscale="log", xlabel=f"step of {training['batch_size']} digits", ylabel="loss (mean squared error of the noise)")
+    axis.grid(alpha=0.3, which="both")
+    return figure

@@ -1,0 +1,136 @@
+"""Tables of rows: those of one run, and all that results.jsonl holds.
+
+    python -m common.report --preset quick      # prints every row and draws the figures into results/quick/figures/
+"""
+
+import json
+from pathlib import Path
+
+from common.checkpoint import write_atomically
+from common.config import PRESETS, Parser, UserError, run_main
+
+# Rows that share these can stand in one table.
+SETTINGS = ("preset", "metric", "data", "sampler", "steps", "images", "seed", "precision", "batch_size", "device", "torch")
+
+
+def add_rows(path: Path, rows: list[dict]) -> None:
+    """Adds rows to the JSON lines of `path`; a row of the same label and settings is replaced where it stands."""
+    lines = {_identity(row): row for row in (read_rows(path) if path.exists() else [])}
+    lines |= {_identity(row): row for row in rows}
+    write_atomically(path, "".join(json.dumps(row, sort_keys=True) + "\n" for row in lines.values()).encode())
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a results.jsonl. Raises UserError where it is missing or damaged."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; python simplediffusion.py makes the first rows")
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}); move it away and run the scripts again") from None
+
+
+def _identity(row: dict) -> tuple:
+    return (row["label"], row.get("weights"), *(row[key] for key in SETTINGS))
+
+
+def format_table(rows: list[dict]) -> str:
+    """Rows of the same settings as text, under a header that names the features, the data and the sampling."""
+    first = rows[0]
+    head = (
+        f"\nPreset {first['preset']}; {first['metric']}; reference {first['data']} training digits; {first['images']} images, "
+        f"{first['sampler']} {first['steps']} steps, seed {first['seed']}, sampled in {first['precision']} on "
+        f"{first['device']}, batch {first['batch_size']}; errors: 1 standard error\n"
+    )
+    columns = ["Model", "FID", "FID - FP32", "KID x1000", "Score", "PSNR dB", "MiB", "smaller", "file MiB", "published FID, MiB"]
+    baseline_size = next((row["size_mib"] for row in rows if row["label"].startswith("Baseline")), None)
+    table = [columns] + [_cells(row, baseline_size) for row in rows]
+    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in table]
+    foot = ""
+    if any(row.get("published") for row in rows):
+        foot = (
+            "\npublished: at the paper size, Inception features; its FIDs are of the unquantized weights "
+            "(README, what differs) and compare with no column here"
+        )
+    return head + "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]) + foot
+
+
+def _cells(row: dict, baseline_size: float | None) -> list[str]:
+    def figure(key: str, digits: int, factor: float = 1.0) -> str:
+        if row.get(key) is None:
+            return "-"
+        return f"{factor * row[key]:.{digits}f} ± {factor * row[key + '_error']:.{digits}f}"
+
+    size, file = row.get("size_mib"), row.get("file_mib")
+    published = row.get("published")
+    return [
+        row["label"],
+        figure("fid", 2),
+        figure("fid_difference", 2),
+        figure("kid", 2, 1000),
+        figure("inception_score", 3),
+        figure("psnr", 1),
+        "-" if size is None else f"{size:.2f}" if size >= 10 else f"{size:.3f}",
+        "-" if not size or not baseline_size else f"{1 - size / baseline_size:.2%}",
+        "-" if file is None else f"{file:.2f}" if file >= 10 else f"{file:.3f}",
+        "-" if published is None else f"{'-' if published[0] is None else f'{published[0]:.2f}'}, {published[1]:.2f}",
+    ]
+
+
+def format_kept(rows: list[dict]) -> str:
+    """Which weights of layers 1 to 6 each quantized row keeps in FP32, and of which layer."""
+    lines = []
+    for row in rows:
+        if row.get("strategy", "Baseline") == "Baseline":
+            continue
+        total = sum(map(len, row["kept"].values()))
+        lines.append(f"\n{row['label']} keeps {total} of 58 weights of layers 1 to 6 in FP32" + (":" if total else ""))
+        lines += [f"  {layer}: {', '.join(names)}" for layer, names in row["kept"].items() if names]
+    return "\n".join(lines)
+
+
+def format_tensors(model, table) -> str:
+    """Every tensor: shape, Fisher value at timestep 1 with its error, over the grid, format and KiB; then the total."""
+    import torch
+
+    grid = table.values[1:].mean(0)
+    lines = [f"{'tensor':34}{'shape':>18}{'Fisher t=1':>24}{'mean over t':>13}{'format':>8}{'KiB':>10}"]
+    for name, tensor in model.state.items():
+        i = table.names.index(name)
+        value = f"{table.values[0, i]:.3e} ± {table.errors[0, i]:.1e}"
+        shape = "x".join(map(str, tensor.shape))
+        size = sum(t.nbytes for key, t in model.stored.items() if key.partition(":")[0] == name) / 1024
+        lines.append(f"{name:34}{shape:>18}{value:>24}{grid[i]:>13.3e}{model.formats[name]:>8}{size:>10.1f}")
+    parameters = sum(torch.numel(t) for t in model.state.values())
+    lines.append(f"{'total':34}{f'{parameters:,}':>18}{'':24}{'':13}{'':8}{model.size_mib() * 1024:>10.1f}")
+    return "\n".join(lines)
+
+
+def group_rows(rows: list[dict]) -> list[list[dict]]:
+    """Rows by their settings, in the order of first appearance; real digits first, then the baseline."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in SETTINGS), []).append(row)
+    order = {"Real": 0, "Base": 1, "Unif": 2}
+    return [sorted(group, key=lambda row: order.get(row["label"][:4], 3)) for group in groups.values()]
+
+
+def main():
+    parser = Parser(prog="python -m common.report", description=__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="quick", help="which of results/<preset> to read")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the scripts' --out; default: results/<preset>")
+    options = parser.parse_args()
+    folder = options.out or Path("results") / options.preset
+    groups = group_rows(read_rows(folder / "results.jsonl"))
+    for group in groups:
+        print(format_table(group))
+
+    from common.figures import draw_all
+
+    for path in draw_all(folder, groups):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_main(main)

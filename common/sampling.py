@@ -1,0 +1,72 @@
+"""Images of a model, batch by batch, kept on disk: a run that was stopped continues with the next batch."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from common import checkpoint
+from common.data import to_uint8
+from common.device import autocast
+from common.diffusion import NoiseStreams, Schedule, sample
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """All that the images of given weights depend on."""
+
+    images: int
+    sampler: str
+    steps: int
+    batch_size: int
+    seed: int
+    device: str
+    precision: str
+
+
+def image_file(folder: Path, sampling: Sampling, weights: str) -> Path:
+    """Where the images of the weights of hash `weights` are kept."""
+    key = hashlib.sha256(json.dumps([asdict(sampling), weights], sort_keys=True).encode()).hexdigest()
+    return folder / f"{key[:16]}.safetensors"
+
+
+def load_images(path: Path) -> torch.Tensor:
+    """uint8 (N, 32, 32)."""
+    return checkpoint.load(path, "images")[0]["images"]
+
+
+def generate(network: nn.Module, weights: str, sampling: Sampling, folder: Path, label: str) -> torch.Tensor:
+    """`sampling.images` images, uint8 (N, 32, 32), from `network` in evaluation mode, whose weights have hash `weights`.
+
+    Finished batches are read back from `folder`.
+    """
+    path = image_file(folder, sampling, weights)
+    if path.exists():
+        return load_images(path)
+    device = torch.device(sampling.device)
+    network = network.to(device, memory_format=torch.channels_last).eval()
+    schedule = Schedule(network.config.timesteps)
+    starts = range(0, sampling.images, sampling.batch_size)
+    parts = path.with_suffix(".parts")
+    with tqdm(total=len(starts) * sampling.steps, desc=label, unit="step") as bar:
+        for start in starts:
+            part = parts / f"{start:07d}.safetensors"
+            if part.exists():
+                bar.update(sampling.steps)
+                continue
+            indices = range(start, min(start + sampling.batch_size, sampling.images))
+            with autocast(device, sampling.precision):
+                images = sample(
+                    network, schedule, NoiseStreams(sampling.seed, indices), sampling.sampler, sampling.steps, device,
+                    on_step=bar.update,
+                )  # fmt: skip
+            checkpoint.save(part, "images", {"images": to_uint8(images)}, {"start": start})
+    images = torch.cat([load_images(parts / f"{start:07d}.safetensors") for start in starts])
+    checkpoint.save(path, "images", {"images": images}, {"sampling": asdict(sampling), "weights": weights})
+    shutil.rmtree(parts)
+    return images

@@ -1,0 +1,53 @@
+"""One threshold per layer from its Fisher values: mean - k * std; tensors below it are quantized.
+
+    python layer_math.py --alpha 0.5      # k = alpha * mean / std, held within [0.1, 2.0]
+    python layer_math.py --k 0.5          # k itself
+
+GroupNorm weights are left out: they stay FP32 and do not count in mean and std.
+"""
+
+from functools import partial
+from statistics import fmean, pstdev
+
+from common.config import bounded_float, run_main, script_parser
+from common.layers import by_layer, is_norm
+
+PUBLISHED = {0.5: (23.16, 81.57)}
+K_RANGE = (0.1, 2.0)
+
+
+def below_layer_threshold(values: dict[str, float], alpha: float, k: float | None = None) -> set[str]:
+    """Names of the tensors below mean - k * std of their layer, k = alpha * mean / std within K_RANGE unless given."""
+    chosen = set()
+    for members in by_layer({name: value for name, value in values.items() if not is_norm(name)}).values():
+        mean, std = fmean(members.values()), pstdev(members.values())
+        if std == 0:
+            continue  # equal values: none lies below the others
+        factor = k if k is not None else min(max(alpha * mean / std, K_RANGE[0]), K_RANGE[1])
+        chosen |= {name for name, value in members.items() if value < mean - factor * std}
+    return chosen
+
+
+def main():
+    parser = script_parser(__doc__)
+    rule = parser.add_mutually_exclusive_group()
+    rule.add_argument(
+        "--alpha", type=bounded_float(0, 10), nargs="+", default=[0.5], metavar="A", help="one row for each"
+    )
+    rule.add_argument("--k", type=bounded_float(-10, 10), nargs="+", metavar="K", help="one row for each")
+    options = parser.parse_args()
+
+    from common.experiment import Choice, run_strategy
+
+    if options.k:
+        choices = [Choice("Math k", f"{k:g}", partial(below_layer_threshold, alpha=0, k=k)) for k in options.k]
+    else:
+        choices = [
+            Choice("Math alpha", f"{alpha:g}", partial(below_layer_threshold, alpha=alpha), PUBLISHED.get(alpha))
+            for alpha in options.alpha
+        ]
+    run_strategy(options, choices)
+
+
+if __name__ == "__main__":
+    run_main(main)

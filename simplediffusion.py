@@ -1,0 +1,23 @@
+"""The baseline: train (or resume, or find it trained), then images, Fisher information, FID and size.
+
+    python simplediffusion.py                        # preset paper where CUDA is available, else quick
+    python simplediffusion.py --preset quick --retrain
+    python simplediffusion.py --preset paper --dry-run
+    python simplediffusion.py --checkpoint results/quick/models/uniform-fp16.safetensors
+"""
+
+from common.config import run_main, script_parser
+
+
+def main():
+    parser = script_parser(__doc__)
+    parser.add_argument("--retrain", action="store_true", help="train anew, or continue a training that was stopped")
+    options = parser.parse_args()
+
+    from common.experiment import run_baseline
+
+    run_baseline(options, retrain=options.retrain)
+
+
+if __name__ == "__main__":
+    run_main(main)
