@@ -1,7 +1,7 @@
 """One Fisher threshold per group of layers: the mean of the group's tensors; those below it are quantized.
 
-    python layer_group.py --groups 12/3456 12/345/6
-    python layer_group.py --groups 123/456 --format int8
+python layer_group.py --groups 12/3456 12/345/6
+python layer_group.py --groups 123/456 --format int8
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """One ratio per layer: the given share of each layer's tensors, those of the largest Fisher values, stays FP32.
 
-    python layer_ratio.py --ratio 0.25 0.35
-    python layer_ratio.py --ratio 0.5 --format int8
+python layer_ratio.py --ratio 0.25 0.35
+python layer_ratio.py --ratio 0.5 --format int8
 """
 
 import math

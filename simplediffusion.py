@@ -1,9 +1,9 @@
 """The baseline: train (or resume, or find it trained), then images, Fisher information, FID and size.
 
-    python simplediffusion.py                        # preset paper where CUDA is available, else quick
-    python simplediffusion.py --preset quick --retrain
-    python simplediffusion.py --preset paper --dry-run
-    python simplediffusion.py --checkpoint results/quick/models/uniform-fp16.safetensors
+python simplediffusion.py                        # preset paper where CUDA is available, else quick
+python simplediffusion.py --preset quick --retrain
+python simplediffusion.py --preset paper --dry-run
+python simplediffusion.py --checkpoint results/quick/models/uniform-fp16.safetensors
 """
 
 from common.config import run_main, script_parser

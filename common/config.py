@@ -72,8 +72,8 @@ PRESETS = {
         images=1_000,
         sampler="ddim",
         ddim_steps=20,
-        fisher_digits=32,
-        fisher_grid_digits=8,
+        fisher_digits=512,
+        fisher_grid_digits=128,
     ),
 }
 

@@ -78,11 +78,11 @@ def sample(
 ) -> torch.Tensor:
     """Images, float (N, 1, 32, 32), one for each stream of `noise`.
 
-    sampler: "ddpm" (all T steps; `steps` must equal T) or "ddim" (`steps` of 1..T). `on_step` is called after each step.
+    sampler: "ddpm" (all T steps; `steps` must equal T) or "ddim" (`steps` of 1..T). Each step ends in `on_step()`.
     """
     timesteps = schedule.ddim_timesteps(steps)
     x = noise.draw(device).to(memory_format=torch.channels_last)
-    for t, t_next in zip(timesteps, timesteps[1:] + [-1], strict=True):
+    for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
         eps = network(x, torch.full((len(x),), t, device=x.device)).float()
         if sampler == "ddim":
             x = schedule.ddim_step(x, eps, t, t_next)

@@ -264,7 +264,12 @@ def fisher_table(run: Run, model: Model) -> fisher.FisherTable:
     """Fisher values of the baseline at timestep 1 and on a grid: read where the file fits the weights, else measured."""
     schedule, preset = Schedule(model.config.timesteps), run.preset
     grid = [int((i + 0.5) * schedule.timesteps / FISHER_GRID) for i in range(FISHER_GRID)]
-    settings = {"data": run.data, "digits": preset.fisher_digits, "grid_digits": preset.fisher_grid_digits, "grid": grid}
+    settings = {
+        "data": run.data,
+        "digits": preset.fisher_digits,
+        "grid_digits": preset.fisher_grid_digits,
+        "grid": grid,
+    }
     weights = model.sha256
     path = run.out / f"fisher-{weights[:12]}.safetensors"
     if path.exists():
@@ -456,7 +461,9 @@ def run_baseline(options: argparse.Namespace, retrain: bool) -> None:
     model = train_baseline(run) if missing or retrain else load_checkpoint(run)
     if model.is_full_precision:
         if not (missing or retrain):
-            print(f"found trained: {run.checkpoint} ({model.about['digits_seen']:,} digits seen); --retrain trains anew")
+            print(
+                f"found trained: {run.checkpoint} ({model.about['digits_seen']:,} digits seen); --retrain trains anew"
+            )
         table = fisher_table(run, model)
         print(report.format_tensors(model, table))
         print_rows(run, bench, model, [uniform(run, model)])

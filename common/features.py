@@ -1,6 +1,6 @@
 """Feature networks of the metrics: a small MNIST classifier that ships, and pytorch-fid's Inception.
 
-    python -m common.features --data-dir data     # trains the MNIST classifier; needs the full MNIST
+python -m common.features --data-dir data     # trains the MNIST classifier; needs the full MNIST
 """
 
 import hashlib

@@ -6,14 +6,14 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
 
-from common import fisher  # noqa: E402
-from common.layers import by_layer, layer_weights  # noqa: E402
-from common.model import Model, load_model  # noqa: E402
-from common.sampling import load_images  # noqa: E402
+from common import fisher
+from common.layers import by_layer, layer_weights
+from common.model import Model, load_model
+from common.sampling import load_images
 
 SHOWN_IMAGES = 12
 GROUPS = {"layers 1-2": "12", "layers 3-6": "3456"}
@@ -180,6 +180,8 @@ def draw_loss(model: Model):
         return None
     figure, axis = plt.subplots(figsize=(7, 4))
     axis.plot(np.linspace(0, training["steps"], len(curve)), curve)
-    axis.set(yscale="log", xlabel=f"step of {training['batch_size']} digits", ylabel="loss (mean squared error of the noise)")
+    axis.set(
+        yscale="log", xlabel=f"step of {training['batch_size']} digits", ylabel="loss (mean squared error of the noise)"
+    )
     axis.grid(alpha=0.3, which="both")
     return figure

@@ -128,7 +128,10 @@ def psnr(images: torch.Tensor, baseline: torch.Tensor) -> tuple[float, float]:
     """Peak signal-to-noise ratio in dB of uint8 (N, 32, 32) to images of the same noise, from their mean squared error
     over all pixels, and its standard error; infinite where they are equal."""
     squared = np.concatenate(
-        [(a.double() - b.double()).square().flatten(1).mean(1) for a, b in zip(images.split(CHUNK), baseline.split(CHUNK))]
+        [
+            (a.double() - b.double()).square().flatten(1).mean(1)
+            for a, b in zip(images.split(CHUNK), baseline.split(CHUNK))
+        ]
     )
     mean = squared.mean()
     if mean == 0:
@@ -207,7 +210,9 @@ def load_folder(folder: Path) -> torch.Tensor:
 
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"))
+    paths = sorted(
+        p for p in folder.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+    )
     if not paths:
         raise UserError(f"{folder}: no images (png, jpg, bmp, gif or webp)")
 

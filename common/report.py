@@ -1,6 +1,6 @@
 """Tables of rows: those of one run, and all that results.jsonl holds.
 
-    python -m common.report --preset quick      # prints every row and draws the figures into results/quick/figures/
+python -m common.report --preset quick      # prints every row and draws the figures into results/quick/figures/
 """
 
 import json
@@ -10,7 +10,19 @@ from common.checkpoint import write_atomically
 from common.config import PRESETS, Parser, UserError, run_main
 
 # Rows that share these can stand in one table.
-SETTINGS = ("preset", "metric", "data", "sampler", "steps", "images", "seed", "precision", "batch_size", "device", "torch")
+SETTINGS = (
+    "preset",
+    "metric",
+    "data",
+    "sampler",
+    "steps",
+    "images",
+    "seed",
+    "precision",
+    "batch_size",
+    "device",
+    "torch",
+)
 
 
 def add_rows(path: Path, rows: list[dict]) -> None:
@@ -42,11 +54,24 @@ def format_table(rows: list[dict]) -> str:
         f"{first['sampler']} {first['steps']} steps, seed {first['seed']}, sampled in {first['precision']} on "
         f"{first['device']}, batch {first['batch_size']}; errors: 1 standard error\n"
     )
-    columns = ["Model", "FID", "FID - FP32", "KID x1000", "Score", "PSNR dB", "MiB", "smaller", "file MiB", "published FID, MiB"]
+    columns = [
+        "Model",
+        "FID",
+        "FID - FP32",
+        "KID x1000",
+        "Score",
+        "PSNR dB",
+        "MiB",
+        "smaller",
+        "file MiB",
+        "published FID, MiB",
+    ]
     baseline_size = next((row["size_mib"] for row in rows if row["label"].startswith("Baseline")), None)
     table = [columns] + [_cells(row, baseline_size) for row in rows]
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in table]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in table
+    ]
     foot = ""
     if any(row.get("published") for row in rows):
         foot = (

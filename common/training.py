@@ -52,9 +52,9 @@ class EpochOrder:
         """(batch_size,) int64; a batch may end one epoch and begin the next."""
         places = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs = places // self.digits
-        for epoch in set(epochs.tolist()) - self._permutations.keys():
-            self._permutations = {epoch - 1: self._permutations.get(epoch - 1), epoch: self._permutation(epoch)}
-        return torch.stack([self._permutations[e][p % self.digits] for e, p in zip(epochs.tolist(), places.tolist())])
+        known = self._permutations
+        self._permutations = {e: known[e] if e in known else self._permutation(e) for e in epochs.unique().tolist()}
+        return torch.cat([order[places[epochs == e] % self.digits] for e, order in self._permutations.items()])
 
     def _permutation(self, epoch: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
@@ -91,14 +91,16 @@ def train(
         "digits": checkpoint.hash_tensors({"digits": digits}),
     }
 
-    step = 0
+    steps_done = 0
     if state_path.exists():
-        step = _load_state(state_path, run, parameters, ema, optimizer, losses)
+        steps_done = _load_state(state_path, run, parameters, ema, optimizer, losses)
     images = digits.to(device)
     order = EpochOrder(len(digits), config.batch_size, config.seed)
     saved_at = time.monotonic()
 
-    for step in tqdm(range(step, config.steps), desc="training", initial=step, total=config.steps, unit="step"):
+    for step in tqdm(
+        range(steps_done, config.steps), desc="training", initial=steps_done, total=config.steps, unit="step"
+    ):
         torch.manual_seed(derive_seed(config.seed, "step", step))
         x0 = to_model_range(images[order.indices(step).to(device)]).contiguous(memory_format=torch.channels_last)
         t = stratified_timesteps(len(x0), schedule.timesteps, device)

@@ -1,0 +1,43 @@
+# make demo    installs into .venv, runs the five scripts on the quick preset, prints one table
+# make test    installs into .venv, checks the style, runs the tests (offline once installed)
+
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip --disable-pip-version-check
+IMAGES ?= 500
+DEMO = --preset quick --images $(IMAGES) $(OPTIONS)
+RUN = .venv/bin/python
+
+.PHONY: demo test lint format clean
+
+demo: .venv/installed
+	$(RUN) simplediffusion.py $(DEMO)
+	$(RUN) whole_threshold.py $(DEMO) --threshold 0.01
+	$(RUN) layer_group.py $(DEMO) --groups 12/3456
+	$(RUN) layer_ratio.py $(DEMO) --ratio 0.25
+	$(RUN) layer_math.py $(DEMO) --alpha 0.5
+	$(RUN) -m common.report --preset quick
+
+test: .venv/installed-test lint
+	$(RUN) -m pytest -q
+
+lint: .venv/installed-test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: .venv/installed-test
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python requirements.txt
+	$(PIP) install -q -r requirements.txt
+	touch $@
+
+.venv/installed-test: .venv/installed requirements-test.txt
+	$(PIP) install -q -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf .venv results

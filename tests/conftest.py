@@ -1,0 +1,47 @@
+"""A network small enough to train in a test, and the quick preset made of it."""
+
+from dataclasses import replace
+
+import pytest
+
+from common.config import PRESETS, TrainingConfig, UNetConfig
+
+TINY = UNetConfig(channels=(4, 8, 16, 32, 32, 24), groups=2, heads=2, dropout=0.0)
+
+
+@pytest.fixture
+def tiny_config():
+    return TINY
+
+
+@pytest.fixture
+def tiny_network(tiny_config):
+    """Random weights, the same in every test, in evaluation mode."""
+    import torch
+
+    from common.unet import UNet
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return UNet(tiny_config).eval()
+
+
+@pytest.fixture
+def tiny_preset(monkeypatch, tmp_path):
+    """Makes `quick` a preset of a few seconds, with its checkpoint and its results in an empty folder."""
+    from common import experiment
+
+    training = TrainingConfig(data="mnist5k", batch_size=8, steps=12, lr=1e-3, warmup_steps=4, ema=0.9)
+    preset = replace(
+        PRESETS["quick"],
+        network=TINY,
+        training=training,
+        images=140,
+        ddim_steps=2,
+        fisher_digits=4,
+        fisher_grid_digits=2,
+    )
+    monkeypatch.setitem(PRESETS, "quick", preset)
+    monkeypatch.setattr(experiment, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    return preset
