@@ -1,4 +1,4 @@
-"""The one path that every script takes: settle options -> baseline -> Fisher -> quantize -> sample -> measure -> rows."""
+"""The one path that every script takes: options -> baseline -> Fisher -> quantize -> sample -> measure -> rows."""
 
 import argparse
 import re
@@ -261,7 +261,7 @@ def load_checkpoint(run: Run) -> Model:
 
 
 def fisher_table(run: Run, model: Model) -> fisher.FisherTable:
-    """Fisher values of the baseline at timestep 1 and on a grid: read where the file fits the weights, else measured."""
+    """Fisher values of the baseline at timestep 1 and on a grid; measured where no file fits the weights."""
     schedule, preset = Schedule(model.config.timesteps), run.preset
     grid = [int((i + 0.5) * schedule.timesteps / FISHER_GRID) for i in range(FISHER_GRID)]
     settings = {

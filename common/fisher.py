@@ -66,7 +66,7 @@ def fisher_information(
 class FisherTable:
     """Fisher values of one network's parameters over timesteps.
 
-    values, errors: float64 (timesteps, parameters), not normalised. `weights` is the hash of the weights they belong to.
+    values, errors: float64 (timesteps, parameters), not normalised; `weights`: the hash of the weights they belong to.
     """
 
     names: list[str]
@@ -77,13 +77,13 @@ class FisherTable:
     settings: dict
     weights: str
 
+    def over_grid(self) -> torch.Tensor:
+        """Mean over the grid of timesteps, (parameters,); the first timestep is there for the published rules."""
+        return self.values[1:].mean(0)
+
     def at(self, timestep: int | str, names: list[str]) -> dict[str, float]:
-        """Values of `names` at a timestep of the table, or "all" (mean over the grid), divided by the largest of them."""
-        if timestep == "all":
-            # The first timestep is there for the published rules; the grid is the rest.
-            row = self.values[1:].mean(0)
-        else:
-            row = self.values[self.timesteps.index(timestep)]
+        """Values of `names` at a timestep, or "all" (the mean over the grid), divided by the largest of them."""
+        row = self.over_grid() if timestep == "all" else self.values[self.timesteps.index(timestep)]
         chosen = {name: float(row[self.names.index(name)]) for name in names}
         largest = max(chosen.values())
         return {name: value / largest for name, value in chosen.items()}

@@ -130,7 +130,7 @@ def psnr(images: torch.Tensor, baseline: torch.Tensor) -> tuple[float, float]:
     squared = np.concatenate(
         [
             (a.double() - b.double()).square().flatten(1).mean(1)
-            for a, b in zip(images.split(CHUNK), baseline.split(CHUNK))
+            for a, b in zip(images.split(CHUNK), baseline.split(CHUNK), strict=True)
         ]
     )
     mean = squared.mean()

@@ -18,7 +18,7 @@ FP16_MAX = 65504.0
 
 @dataclass(frozen=True)
 class IntegerTensor:
-    """codes int8 in -(2^(bits-1)-1)..2^(bits-1)-1 with the shape of the weight; scale float32, one per channel of `axis`."""
+    """codes: int8 with the shape of the weight, |code| <= 2^(bits-1) - 1; scale: float32, one per channel of `axis`."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -95,7 +95,7 @@ def stored_bytes(shape: torch.Size, fmt: str, axis: int = 0) -> int:
 
 
 def pack_codes(codes: torch.Tensor, width: int) -> torch.Tensor:
-    """int8 codes to a stream of `width` bits each, (ceil(numel * width / 8),) uint8, in two's complement, high bit first."""
+    """int8 codes to uint8 (ceil(numel * width / 8),): `width` bits each in two's complement, high bit first."""
     unsigned = codes.contiguous().numpy().reshape(-1, 1).view(np.uint8)
     return torch.from_numpy(np.packbits(np.unpackbits(unsigned, axis=1)[:, 8 - width :]))
 

@@ -24,6 +24,10 @@ SETTINGS = (
     "torch",
 )
 
+COLUMNS = [
+    "Model", "FID", "FID - FP32", "KID x1000", "Score", "PSNR dB", "MiB", "smaller", "file MiB", "published FID, MiB",
+]  # fmt: skip
+
 
 def add_rows(path: Path, rows: list[dict]) -> None:
     """Adds rows to the JSON lines of `path`; a row of the same label and settings is replaced where it stands."""
@@ -50,27 +54,16 @@ def format_table(rows: list[dict]) -> str:
     """Rows of the same settings as text, under a header that names the features, the data and the sampling."""
     first = rows[0]
     head = (
-        f"\nPreset {first['preset']}; {first['metric']}; reference {first['data']} training digits; {first['images']} images, "
-        f"{first['sampler']} {first['steps']} steps, seed {first['seed']}, sampled in {first['precision']} on "
+        f"\nPreset {first['preset']}; {first['metric']}; reference {first['data']} training digits; "
+        f"{first['images']} images, {first['sampler']} {first['steps']} steps, seed {first['seed']}, sampled in {first['precision']} on "
         f"{first['device']}, batch {first['batch_size']}; errors: 1 standard error\n"
     )
-    columns = [
-        "Model",
-        "FID",
-        "FID - FP32",
-        "KID x1000",
-        "Score",
-        "PSNR dB",
-        "MiB",
-        "smaller",
-        "file MiB",
-        "published FID, MiB",
-    ]
     baseline_size = next((row["size_mib"] for row in rows if row["label"].startswith("Baseline")), None)
-    table = [columns] + [_cells(row, baseline_size) for row in rows]
-    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+    table = [COLUMNS] + [_cells(row, baseline_size) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in table
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in table
     ]
     foot = ""
     if any(row.get("published") for row in rows):
@@ -119,7 +112,7 @@ def format_tensors(model, table) -> str:
     """Every tensor: shape, Fisher value at timestep 1 with its error, over the grid, format and KiB; then the total."""
     import torch
 
-    grid = table.values[1:].mean(0)
+    grid = table.over_grid()
     lines = [f"{'tensor':34}{'shape':>18}{'Fisher t=1':>24}{'mean over t':>13}{'format':>8}{'KiB':>10}"]
     for name, tensor in model.state.items():
         i = table.names.index(name)

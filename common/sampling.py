@@ -41,7 +41,7 @@ def load_images(path: Path) -> torch.Tensor:
 
 
 def generate(network: nn.Module, weights: str, sampling: Sampling, folder: Path, label: str) -> torch.Tensor:
-    """`sampling.images` images, uint8 (N, 32, 32), from `network` in evaluation mode, whose weights have hash `weights`.
+    """uint8 (N, 32, 32): images of `network` in evaluation mode, whose weights have the hash `weights`.
 
     Finished batches are read back from `folder`.
     """
