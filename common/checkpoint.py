@@ -44,6 +44,13 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         raise
 
 
+def remove(path: Path) -> None:
+    """Deletes the file, and what writes of it that were killed have left behind."""
+    path.unlink(missing_ok=True)
+    for temporary in path.parent.glob(f".{path.name}.*"):
+        temporary.unlink(missing_ok=True)
+
+
 def save(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
     """Writes a sealed file of `kind` ("model", "training", "fisher", ...). The same content gives the same bytes."""
     # One metadata entry: safetensors does not keep the order of several.

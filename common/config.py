@@ -27,6 +27,11 @@ class UNetConfig:
     dropout: float = 0.1
     timesteps: int = 1000
 
+    def __post_init__(self):
+        width = self.channels[0]
+        if tuple(self.channels) != tuple(width * factor for factor in (1, 2, 4, 8, 8, 6)):
+            raise ValueError(f"channels {self.channels}: must be 1, 2, 4, 8, 8, 6 times the first for skips to join")
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -157,6 +162,8 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except OSError as error:  # a full disk, a folder that vanished: nothing that a traceback explains better
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues where it stopped")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import fisher, report
+from common import checkpoint, fisher, report
 from common.checkpoint import CheckpointError
 from common.config import PRESETS, Preset, TrainingConfig, UserError
 from common.data import load_digits, to_model_range
@@ -74,9 +74,11 @@ def settle(options: argparse.Namespace) -> Run:
     """
     set_true_fp32()
     device = choose_device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     name, why = options.preset, "--preset"
     if name is None and options.checkpoint is not None and options.checkpoint.exists():
-        name, why = load_model(options.checkpoint).about.get("preset"), "the checkpoint's"
+        name, why = load_model(options.checkpoint).about["preset"], "the checkpoint's"
     if name is None:
         name, why = ("paper", "CUDA is available") if torch.cuda.is_available() else ("quick", "no CUDA device here")
     preset = PRESETS[name]
@@ -88,6 +90,8 @@ def settle(options: argparse.Namespace) -> Run:
         raise UserError(f"--steps {steps}: --sampler ddpm takes all {timesteps} steps; use --sampler ddim for fewer")
     if steps > timesteps:
         raise UserError(f"--steps {steps}: there are {timesteps} timesteps; give at most as many")
+    if options.inception_weights is not None and options.metric != "inception":
+        raise UserError(f"--inception-weights {options.inception_weights}: goes with --metric inception only")
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: must be zero or positive")
     sampling = Sampling(
@@ -220,7 +224,7 @@ def train_baseline(run: Run) -> Model:
     }
     model = full_precision(run.preset.network, state, about)
     save_model(run.checkpoint, model)
-    state_path.unlink()
+    checkpoint.remove(state_path)
     print(f"trained: last loss {curve[-1]:.4f}; {run.checkpoint}")
     return model
 
@@ -333,7 +337,7 @@ def measure(run: Run, bench: Bench, model: Model) -> Measured:
 def make_row(run: Run, bench: Bench, model: Model, measured: Measured, baseline: Measured | None) -> dict:
     """One row of the table, as JSON: settings, sizes, figures with errors, and the formats of all tensors."""
     row = {
-        **settings_of(run, bench),
+        **settings_of(run, bench, model.about.get("baseline", measured.weights)),
         "label": model.about["label"] + ("" if run.sampling.precision == "fp32" else f" [{run.sampling.precision}]"),
         "strategy": model.about.get("strategy", "Baseline"),
         "setting": model.about.get("setting", ""),
@@ -354,10 +358,11 @@ def make_row(run: Run, bench: Bench, model: Model, measured: Measured, baseline:
     return row
 
 
-def settings_of(run: Run, bench: Bench) -> dict:
+def settings_of(run: Run, bench: Bench, baseline: str | None) -> dict:
     """What a row must share with another to be compared with it."""
     return {
         "preset": run.preset_name,
+        "baseline": baseline,
         "data": run.data,
         "metric": describe(bench.network),
         "torch": torch.__version__,
@@ -380,11 +385,11 @@ def kept_by_layer(model: Model) -> dict[str, list[str]]:
     return kept
 
 
-def real_row(run: Run, bench: Bench) -> dict:
+def real_row(run: Run, bench: Bench, baseline: str | None) -> dict:
     """The row of real test digits: what a perfect model would score with as many images."""
     scores = score(bench.test_digits, bench.network, bench.reference)
     label = f"Real test digits ({len(bench.test_digits)})"
-    return {**settings_of(run, bench), "label": label, **figures(scores)}
+    return {**settings_of(run, bench, baseline), "label": label, **figures(scores)}
 
 
 def about_row(run: Run, baseline: Model, strategy: str, setting: str, published: tuple | None) -> dict:
@@ -425,7 +430,8 @@ def run_strategy(options: argparse.Namespace, choices: list[Choice]) -> None:
 
 def print_rows(run: Run, bench: Bench, baseline: Model | None, models: list[Model]) -> None:
     """Measures the models, writes their packed files, prints the table and adds its rows to results.jsonl."""
-    rows = [real_row(run, bench)]
+    origin = baseline.sha256 if baseline is not None else models[0].about["baseline"]
+    rows = [real_row(run, bench, origin)]
     baseline_measured = None
     if baseline is not None:
         baseline = replace(baseline, about=baseline.about | {"published": PUBLISHED_BASELINE})

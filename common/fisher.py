@@ -1,44 +1,15 @@
 """Fisher information of any module's parameters: the mean of the squared gradient of the loss, sample by sample."""
 
-import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from common import checkpoint
 from common.config import UserError
-
-SampleLoss = Callable[..., torch.Tensor]
-
-
-def squared_gradients(
-    network: nn.Module, loss: SampleLoss, samples: tuple[torch.Tensor, ...]
-) -> dict[str, torch.Tensor]:
-    """For each parameter: the mean over its entries of (d loss_n / d w)^2, per sample n; float32 (N,).
-
-    loss(network, *batch) returns one value per sample, (N,); each tensor of `samples` has N as its first dimension.
-    Every sample has its own gradient (vectorised by torch.func); batch-averaged gradients are never squared.
-    """
-    parameters = {name: p.detach() for name, p in network.named_parameters()}
-    buffers = dict(network.named_buffers())
-
-    def call(parameters, *inputs):
-        return functional_call(network, (parameters, buffers), inputs)
-
-    def sample_loss(parameters, *sample):
-        return loss(lambda *inputs: call(parameters, *inputs), *(s.unsqueeze(0) for s in sample)).squeeze(0)
-
-    per_sample = vmap(grad(sample_loss), in_dims=(None, *[0] * len(samples)))
-    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():  # the fused kernels cannot be vectorised
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        gradients = per_sample(parameters, *samples)
-    return {name: g.flatten(1).square().mean(1) for name, g in gradients.items()}
+from common.gradients import SampleLoss, squared_gradients
 
 
 def fisher_information(

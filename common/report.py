@@ -12,6 +12,7 @@ from common.config import PRESETS, Parser, UserError, run_main
 # Rows that share these can stand in one table.
 SETTINGS = (
     "preset",
+    "baseline",
     "metric",
     "data",
     "sampler",
@@ -54,10 +55,10 @@ def format_table(rows: list[dict]) -> str:
     """Rows of the same settings as text, under a header that names the features, the data and the sampling."""
     first = rows[0]
     head = (
-        f"\nPreset {first['preset']}; {first['metric']}; reference {first['data']} training digits; "
-        f"{first['images']} images, {first['sampler']} {first['steps']} steps, seed {first['seed']}, sampled in {first['precision']} on "
-        f"{first['device']}, batch {first['batch_size']}; errors: 1 standard error\n"
-    )
+        "\nPreset {preset}, baseline {baseline:.8}; {metric}; reference: {data} training digits; {images} images, "
+        "{sampler} {steps} steps, seed {seed}, sampled in {precision} on {device}, batch {batch_size}; "
+        "errors: 1 standard error\n"
+    ).format(**first)
     baseline_size = next((row["size_mib"] for row in rows if row["label"].startswith("Baseline")), None)
     table = [COLUMNS] + [_cells(row, baseline_size) for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
