@@ -37,9 +37,14 @@ class Schedule:
         return float(x0_weight) * self.predict_x0(x, eps, t) + float(x_weight) * x + float(sigma) * noise
 
     def ddim_step(self, x: torch.Tensor, eps: torch.Tensor, t: int, t_next: int) -> torch.Tensor:
-        """x at the earlier timestep `t_next` (-1: the finished image), eta = 0 (Song et al. 2021, eq. 12)."""
-        abar_next = self.alphas_cumprod[t_next] if t_next >= 0 else 1.0
-        return float(np.sqrt(abar_next)) * self.predict_x0(x, eps, t) + float(np.sqrt(1 - abar_next)) * eps
+        """x at the earlier timestep `t_next` (-1: the finished image), eta = 0 (Song et al. 2021, eq. 12).
+
+        The noise is taken anew from the clipped x_0: with the predicted one some images drift to white.
+        """
+        abar, abar_next = self.alphas_cumprod[t], self.alphas_cumprod[t_next] if t_next >= 0 else 1.0
+        x0 = self.predict_x0(x, eps, t)
+        noise = (x - float(np.sqrt(abar)) * x0) / float(np.sqrt(1 - abar))
+        return float(np.sqrt(abar_next)) * x0 + float(np.sqrt(1 - abar_next)) * noise
 
     def ddim_timesteps(self, steps: int) -> list[int]:
         """`steps` timesteps from T-1 down, evenly spaced ("trailing", Lin et al. 2024, table 2)."""

@@ -158,7 +158,7 @@ def print_sizes(run: Run) -> None:
 def cost_estimate(run: Run) -> str:
     """Times one small batch, forward and backward, and says what sampling and training take at that rate."""
     network = UNet(run.preset.network).to(run.device, memory_format=torch.channels_last)
-    batch = run.training.batch_size if run.device.type == "cuda" else 2
+    batch = run.training.batch_size if run.device.type == "cuda" else 8
     x, t = torch.randn(batch, 1, 32, 32, device=run.device), torch.zeros(batch, dtype=torch.long, device=run.device)
 
     def seconds(work) -> float:

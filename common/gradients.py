@@ -66,7 +66,7 @@ def _from_activations(network, layers: dict[str, nn.Module], loss, samples) -> d
         def forward_hook(layer, inputs, output):
             calls[name] += 1
             if not output.requires_grad:
-                output = output.detach().requires_grad_()
+                output = output.detach().requires_grad_().clone()  # a clone, since what follows may work in place
             output.register_hook(lambda g: backward(name, layer, inputs[0].detach(), g))
             return output
 

@@ -85,8 +85,8 @@ def _cells(row: dict, baseline_size: float | None) -> list[str]:
     published = row.get("published")
     return [
         row["label"],
-        figure("fid", 2),
-        figure("fid_difference", 2),
+        figure("fid", 3),
+        figure("fid_difference", 3),
         figure("kid", 2, 1000),
         figure("inception_score", 3),
         figure("psnr", 1),

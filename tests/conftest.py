@@ -36,7 +36,7 @@ def tiny_preset(monkeypatch, tmp_path):
         PRESETS["quick"],
         network=TINY,
         training=training,
-        images=140,
+        images=260,
         ddim_steps=2,
         fisher_digits=4,
         fisher_grid_digits=2,

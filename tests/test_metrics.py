@@ -1,0 +1,447 @@
+"""FID, KID, score and PSNR against other libraries and closed forms; their errors against redrawing."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pytorch_fid.fid_score import calculate_frechet_distance
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kernel_mmd
+
+from common import checkpoint, metrics
+from common.config import UserError, run_main
+from common.data import load_digits, pad_digits
+from common.features import CLASSIFIER_SHA256, load_features
+from common.metrics import (
+    Estimate,
+    fid,
+    frechet_distance,
+    inception_score,
+    kid,
+    load_folder,
+    load_reference,
+    make_reference,
+    psnr,
+    require_enough,
+    symmetric_root,
+)
+
+
+def correlated(n, dimensions, seed, shift=0.0, scale=1.0):
+    """(n, dimensions) of a Gaussian whose covariance depends on `dimensions` alone, moved and widened."""
+    mixing = np.random.default_rng(99).normal(size=(dimensions, dimensions)) / np.sqrt(dimensions)
+    return np.random.default_rng(seed).normal(size=(n, dimensions)) @ mixing * scale + shift
+
+
+def moments(features):
+    return features.mean(0), np.cov(features, rowvar=False)
+
+
+# Frechet distance
+
+
+@pytest.mark.parametrize("dimensions", [2, 16, 64])
+def test_frechet_distance_equals_pytorch_fid(dimensions):
+    a = moments(correlated(300, dimensions, 1, shift=0.2, scale=1.3))
+    b = moments(correlated(500, dimensions, 2) ** 2)
+    expected = calculate_frechet_distance(*a, *b)
+    assert expected > 0.1
+    assert frechet_distance(*a, *b) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(*b, *a) == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_distance_of_diagonal_gaussians():
+    # |m1 - m2|^2 + sum (s1 - s2)^2 = (9 + 16) + (1 + 4 + 0) = 30.
+    mean1, mean2 = np.array([3.0, 0.0, 1.0]), np.array([0.0, 4.0, 1.0])
+    deviation1, deviation2 = np.array([2.0, 1.0, 5.0]), np.array([1.0, 3.0, 5.0])
+    value = frechet_distance(mean1, np.diag(deviation1**2), mean2, np.diag(deviation2**2))
+    assert value == pytest.approx(30.0, rel=1e-12)
+
+
+def test_frechet_distance_of_a_gaussian_to_itself_is_zero():
+    mean, covariance = moments(correlated(300, 16, 1))
+    assert abs(frechet_distance(mean, covariance, mean, covariance)) < 1e-10 * np.trace(covariance)
+
+
+def test_symmetric_root():
+    covariance = np.cov(correlated(300, 16, 1), rowvar=False)
+    root = symmetric_root(covariance)
+    np.testing.assert_allclose(root @ root, covariance, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(root, root.T, rtol=1e-10, atol=1e-12)
+    assert np.linalg.eigvalsh(root).min() > 0
+
+
+def test_fid_equals_frechet_distance():
+    features, real = correlated(300, 16, 1, shift=0.2, scale=1.3), correlated(500, 16, 2)
+    expected = calculate_frechet_distance(*moments(features), *moments(real))
+    assert fid(features, make_reference(real)).value == pytest.approx(expected, rel=1e-6)
+    assert fid(features, make_reference(real)).value == pytest.approx(
+        frechet_distance(*moments(features), *moments(real)), rel=1e-9
+    )
+
+
+def test_fid_with_features_that_are_constant():
+    # A feature that never fires, as a ReLU's may, has no variance in either set.
+    features, real = correlated(300, 5, 1, shift=0.2), correlated(500, 5, 2)
+    expected = fid(features, make_reference(real))
+    features, real = (np.insert(f, 2, 0.0, axis=1) for f in (features, real))
+    measured = fid(features, make_reference(real))
+    assert measured.value == pytest.approx(expected.value, rel=1e-6)
+    assert measured.error == pytest.approx(expected.error, rel=1e-6)
+
+
+# KID and score
+
+
+@pytest.mark.parametrize("size", [40, 700])  # 700 takes more than one chunk
+def test_kid_equals_torch_fidelity(size):
+    features, real = correlated(size, 12, 1, shift=0.3), correlated(size, 12, 2)
+    expected = kernel_mmd(
+        features, real, kid_kernel="poly", kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1
+    )
+    assert kid(features, make_reference(real)).value == pytest.approx(expected, rel=1e-9)
+
+
+def test_kid_of_sets_of_different_sizes_by_hand():
+    # One dimension, kernel (xy + 1)^3; images 0, 1; digits 0, 1, 2.
+    # Within images k(0, 1) = 1; within digits (1 + 1 + 27) / 3; across (1 + 1 + 1 + 1 + 8 + 27) / 6.
+    features, real = np.array([[0.0], [1.0]]), np.array([[0.0], [1.0], [2.0]])
+    reference = metrics.Reference(real.mean(0), np.eye(1), np.eye(1), real, kernel_mean=29 / 3)
+    assert kid(features, reference).value == pytest.approx(1 + 29 / 3 - 2 * 39 / 6, rel=1e-12)
+
+
+def test_kernel_mean_of_the_reference_by_hand():
+    # Two dimensions, kernel (x.y / 2 + 1)^3: pairs of different digits give 1, 1 and (1 + 1)^3.
+    reference = make_reference(np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 0.0]]))
+    assert reference.kernel_mean == pytest.approx((1 + 1 + 8) / 3, rel=1e-12)
+
+
+def test_kid_of_the_same_distribution_is_zero_within_its_error():
+    estimate = kid(correlated(1500, 6, 1), make_reference(correlated(1500, 6, 2)))
+    assert abs(estimate.value) < 5 * estimate.error
+
+
+def test_large_reference_is_sampled_for_kid(monkeypatch):
+    monkeypatch.setattr(metrics, "KID_REFERENCE", 50)
+    real = correlated(200, 4, 1)
+    reference = make_reference(real)
+    assert reference.sample.shape == (50, 4)
+    assert len(np.unique(reference.sample[:, 0])) == 50 and set(reference.sample[:, 0]) <= set(real[:, 0])
+    np.testing.assert_array_equal(reference.mean, real.mean(0))  # the moments are those of all digits
+
+
+def logits(n, seed=1, classes=10):
+    return 3 * torch.randn(n, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_score_equals_torch_fidelity():
+    expected = isc_features_to_metric(logits(400), splits=1, shuffle=False)["inception_score_mean"]
+    assert 2 < expected < 10
+    assert inception_score(logits(400).softmax(1).numpy()).value == pytest.approx(expected, rel=1e-12)
+
+
+def test_score_by_hand():
+    # Ten classes, each certain and equally frequent: exp(log 10). One answer for all images: exp(0).
+    assert inception_score(np.tile(np.eye(10), (3, 1))).value == pytest.approx(10.0, rel=1e-12)
+    assert inception_score(np.full((30, 10), 0.1)).value == pytest.approx(1.0, rel=1e-12)
+
+
+# PSNR
+
+
+def test_psnr_of_a_constant_difference():
+    # Mean squared error 100: 10 log10(255^2 / 100) = 28.1308 dB.
+    low, high = torch.full((3, 32, 32), 100, dtype=torch.uint8), torch.full((3, 32, 32), 110, dtype=torch.uint8)
+    assert psnr(low, high) == (pytest.approx(28.1308, abs=1e-4), 0.0)
+    assert psnr(high, low) == (pytest.approx(28.1308, abs=1e-4), 0.0)
+    black, white = torch.zeros(3, 32, 32, dtype=torch.uint8), torch.full((3, 32, 32), 255, dtype=torch.uint8)
+    assert psnr(black, white) == (pytest.approx(0.0, abs=1e-12), 0.0)
+
+
+def test_psnr_averages_the_squared_error_over_images():
+    # Squared errors 0 and 200: their mean is 100. Averaged decibels would be infinite.
+    a = torch.full((1200, 32, 32), 50, dtype=torch.uint8)
+    b = a.clone()
+    b[::2, :16, :] += 20
+    value, error = psnr(a, b)
+    assert value == pytest.approx(28.1308, abs=1e-4)
+    # Error of the mean: 100 * sqrt(1200 / 1199) / sqrt(1200); in decibels 10 / ln 10 times its share of the mean.
+    assert error == pytest.approx(10 / np.log(10) / np.sqrt(1199), rel=1e-9)
+
+
+def test_psnr_of_equal_images_is_infinite():
+    images = torch.randint(256, (5, 32, 32), dtype=torch.uint8)
+    assert psnr(images, images.clone()) == (float("inf"), 0.0)
+
+
+# Errors
+
+N, DIMENSIONS, RESAMPLES = 1500, 6, 400
+
+
+def resamples(statistic, n=N):
+    """Values of statistic(counts) over bootstrap resamples; counts (n,) says how often each image was drawn."""
+    generator = np.random.default_rng(3)
+    return np.array([statistic(generator.multinomial(n, np.full(n, 1 / n))) for _ in range(RESAMPLES)])
+
+
+def kid_of_counts(features, reference):
+    """KID as a function of how often each image was drawn; an image is not paired with its own copies."""
+
+    def kernel(a, b):
+        return (a @ b.T / DIMENSIONS + 1) ** 3
+
+    within = kernel(features, features) - np.diag(np.diag(kernel(features, features)))
+    across = kernel(features, reference.sample).mean(1)
+
+    def statistic(counts):
+        n = counts.sum()
+        return counts @ within @ counts / (n * (n - 1)) + reference.kernel_mean - 2 * counts @ across / n
+
+    return statistic
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Features and probabilities of a model, of another that shares most of its luck, and the reference."""
+    reference = make_reference(correlated(1000, DIMENSIONS, 2))
+    first = correlated(N, DIMENSIONS, 1, shift=0.3, scale=1.2) + np.abs(correlated(N, DIMENSIONS, 4))
+    second = first + 0.1 * correlated(N, DIMENSIONS, 5)
+    return first, second, reference
+
+
+def test_error_of_fid_agrees_with_the_bootstrap(drawn):
+    features, _, reference = drawn
+    values = resamples(lambda counts: fid(np.repeat(features, counts, axis=0), reference).value)
+    assert fid(features, reference).error == pytest.approx(values.std(ddof=1), rel=0.1)
+
+
+def test_error_of_fid_agrees_with_its_closed_form():
+    # Independent Gaussian features against known moments: the delta method on the means and deviations gives
+    # sum_d s_d^2 (4 (m_d - r_d)^2 + 2 (s_d - q_d)^2) / n.
+    n, mean, deviation = 100_000, np.array([0.5, 0.0, -0.2]), np.array([1.0, 2.0, 0.5])
+    real_mean, real_deviation = np.zeros(3), np.array([1.5, 1.0, 0.5])
+    reference = metrics.Reference(real_mean, np.diag(real_deviation**2), np.diag(real_deviation), np.zeros((1, 3)), 0.0)
+    features = mean + deviation * np.random.default_rng(6).normal(size=(n, 3))
+    terms = deviation**2 * (4 * (mean - real_mean) ** 2 + 2 * (deviation - real_deviation) ** 2)
+    assert fid(features, reference).error == pytest.approx(np.sqrt(terms.sum() / n), rel=0.02)
+
+
+def test_error_of_kid_agrees_with_the_bootstrap(drawn):
+    features, _, reference = drawn
+    statistic = kid_of_counts(features, reference)
+    assert statistic(np.ones(N)) == pytest.approx(kid(features, reference).value, rel=1e-9)
+    assert kid(features, reference).error == pytest.approx(resamples(statistic).std(ddof=1), rel=0.1)
+
+
+def test_error_of_score_agrees_with_the_bootstrap():
+    probabilities = logits(N).softmax(1).numpy()
+    values = resamples(lambda counts: inception_score(np.repeat(probabilities, counts, axis=0)).value)
+    assert inception_score(probabilities).error == pytest.approx(values.std(ddof=1), rel=0.1)
+
+
+def test_error_of_psnr_agrees_with_the_bootstrap():
+    generator = torch.Generator().manual_seed(7)
+    a = torch.full((400, 32, 32), 100, dtype=torch.uint8)
+    b = a + torch.randint(60, (400, 1, 1), generator=generator, dtype=torch.uint8)
+    values = resamples(
+        lambda counts: psnr(*(x.repeat_interleave(torch.from_numpy(counts), 0) for x in (a, b)))[0], n=400
+    )
+    assert psnr(a, b)[1] == pytest.approx(values.std(ddof=1), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["fid", "kid"])
+def test_error_of_a_difference_is_paired(drawn, name):
+    first, second, reference = drawn
+    if name == "fid":
+        a, b = fid(first, reference), fid(second, reference)
+        values = resamples(
+            lambda counts: (
+                fid(np.repeat(second, counts, axis=0), reference).value
+                - fid(np.repeat(first, counts, axis=0), reference).value
+            )
+        )
+    else:
+        a, b = kid(first, reference), kid(second, reference)
+        of_first, of_second = kid_of_counts(first, reference), kid_of_counts(second, reference)
+        values = resamples(lambda counts: of_second(counts) - of_first(counts))
+    difference, error = b.minus(a)
+    assert difference == b.value - a.value != 0
+    assert error == pytest.approx(values.std(ddof=1), rel=0.1)
+    assert error < 0.3 * np.hypot(a.error, b.error)
+
+
+def test_difference_to_itself_has_no_error(drawn):
+    estimate = fid(drawn[0], drawn[2])
+    assert estimate.minus(estimate) == (0.0, 0.0)
+
+
+def test_influences_have_mean_zero(drawn):
+    features, _, reference = drawn
+    estimates = fid(features, reference), kid(features, reference), inception_score(logits(N).softmax(1).numpy())
+    for estimate in estimates:
+        assert estimate.influence.shape == (N,)
+        assert abs(estimate.influence.mean()) < 1e-10 * estimate.influence.std()
+
+
+def test_standard_error_by_hand():
+    # Deviations -3, -1, 1, 3: variance 20 / 3, over n = 4.
+    assert Estimate(0.0, np.array([-3.0, -1.0, 1.0, 3.0])).error == pytest.approx(np.sqrt(20 / 3 / 4), rel=1e-12)
+
+
+# Images and reference
+
+
+class FourFeatures:
+    """Means of the quarters of an image, in place of a network."""
+
+    name, dimensions, sha256 = "mnist", 4, "a" * 64
+    calls = 0
+
+    def extract(self, images):
+        type(self).calls += 1
+        quarters = images.double().unflatten(1, (2, 16)).unflatten(3, (2, 16)).mean((2, 4)).flatten(1) / 255
+        return quarters, quarters.softmax(1)
+
+
+@pytest.fixture
+def digits():
+    return torch.randint(256, (60, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(8))
+
+
+def test_reference_is_kept_and_reused(tmp_path, digits, monkeypatch):
+    monkeypatch.setattr(FourFeatures, "calls", 0)
+    first = load_reference(digits, FourFeatures(), tmp_path)
+    again = load_reference(digits, FourFeatures(), tmp_path)
+    assert FourFeatures.calls == 1
+    fresh = make_reference(FourFeatures().extract(digits)[0].numpy())
+    for reference in (first, again):
+        assert vars(reference).keys() == vars(fresh).keys()
+        for key, value in vars(fresh).items():
+            np.testing.assert_array_equal(getattr(reference, key), value)
+
+
+def test_reference_is_of_these_digits_and_this_network(tmp_path, digits, monkeypatch):
+    load_reference(digits, FourFeatures(), tmp_path)
+    changed = digits.clone()
+    changed[3, 4, 5] ^= 1
+    other = load_reference(changed, FourFeatures(), tmp_path)
+    np.testing.assert_array_equal(other.mean, FourFeatures().extract(changed)[0].numpy().mean(0))
+    monkeypatch.setattr(FourFeatures, "sha256", "b" * 64)
+    monkeypatch.setattr(FourFeatures, "calls", 0)
+    load_reference(digits, FourFeatures(), tmp_path)
+    assert FourFeatures.calls == 1
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_altered_reference_is_refused(tmp_path, digits):
+    load_reference(digits, FourFeatures(), tmp_path)
+    (path,) = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(checkpoint.CheckpointError, match="altered"):
+        load_reference(digits, FourFeatures(), tmp_path)
+
+
+def test_extract_keeps_the_order_over_chunks(monkeypatch, digits):
+    monkeypatch.setattr(metrics, "CHUNK", 7)
+    features, probabilities = metrics.extract(digits, FourFeatures())
+    np.testing.assert_array_equal(features, FourFeatures().extract(digits)[0].numpy())
+    assert probabilities.shape == (60, 4)
+
+
+def test_require_enough_says_how_many():
+    require_enough(5, FourFeatures())
+    with pytest.raises(UserError) as error:
+        require_enough(4, FourFeatures())
+    assert "4 images" in str(error.value) and "at least 5" in str(error.value) and "--images" in str(error.value)
+
+
+def test_score_of_too_few_images_is_refused(digits):
+    reference = make_reference(FourFeatures().extract(digits)[0].numpy())
+    with pytest.raises(UserError, match="at least 5"):
+        metrics.score(digits[:4], FourFeatures(), reference)
+
+
+def save(path, pixels):
+    Image.fromarray(pixels.numpy()).save(path)
+
+
+def test_folder_is_read_in_the_order_of_names(tmp_path):
+    small = torch.randint(256, (28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(9))
+    large = torch.randint(256, (32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(10))
+    save(tmp_path / "b.png", small)
+    save(tmp_path / "c.PNG", large)
+    save(tmp_path / "a.bmp", large.flip(0))
+    Image.fromarray(large.numpy()).convert("RGB").save(tmp_path / "d.png")
+    (tmp_path / "notes.txt").write_text("not an image")
+    images = load_folder(tmp_path)
+    assert images.dtype == torch.uint8 and images.shape == (4, 32, 32)
+    assert torch.equal(images[0], large.flip(0))
+    assert torch.equal(images[1], pad_digits(small)) and torch.equal(images[1][2:30, 2:30], small)
+    assert images[1][:2].max() == images[1][:, 30:].max() == 0
+    assert torch.equal(images[2], large) and torch.equal(images[3], large)
+
+
+def test_folder_of_another_size_is_refused(tmp_path):
+    save(tmp_path / "a.png", torch.zeros(28, 28, dtype=torch.uint8))
+    save(tmp_path / "b.png", torch.zeros(28, 30, dtype=torch.uint8))
+    with pytest.raises(UserError, match=r"b\.png is 30x28; .*28x28 or 32x32"):
+        load_folder(tmp_path)
+
+
+def test_folder_without_images_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UserError, match="no images") as error:
+        load_folder(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    with pytest.raises(UserError, match="no such folder") as error:
+        load_folder(tmp_path / "absent")
+    assert "absent" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "truncated", "garbage after the header"])
+def test_file_that_is_no_image_is_refused(tmp_path, kind):
+    save(tmp_path / "a.png", torch.randint(256, (32, 32), dtype=torch.uint8))
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "bad.png").write_bytes(
+        {
+            "text": b"text",
+            "empty": b"",
+            "truncated": content[: len(content) // 2],
+            "garbage after the header": content[:50] + bytes(len(content) - 50),
+        }[kind]
+    )
+    with pytest.raises(UserError, match=r"bad\.png: not a readable image") as error:
+        load_folder(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def run_metrics(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["metrics.py", *map(str, arguments)])
+    run_main(metrics.main)
+
+
+def test_main_scores_a_folder(tmp_path, monkeypatch, capsys):
+    real, test = load_digits("mnist5k", "train")[::8], load_digits("mnist5k", "test")[::3]
+    monkeypatch.setattr("common.data.load_digits", lambda data, split, data_dir: {"train": real}[split])
+    for i, pixels in enumerate(test):
+        save(tmp_path / f"{i:03d}.png", pixels[2:30, 2:30])
+    run_metrics(monkeypatch, tmp_path, "--device", "cpu")
+    printed = capsys.readouterr().out
+    network = load_features("mnist", torch.device("cpu"))
+    a, b = (metrics.extract(images, network)[0] for images in (test, real))
+    expected = calculate_frechet_distance(*moments(a), *moments(b))
+    assert f"FID {expected:.3f} +- " in printed
+    assert f"334 images against 500 digits of mnist5k; mnist features {CLASSIFIER_SHA256[:8]}" in printed
+
+
+def test_main_refuses_too_few_images(tmp_path, monkeypatch):
+    for i in range(3):
+        save(tmp_path / f"{i}.png", torch.zeros(28, 28, dtype=torch.uint8))
+    with pytest.raises(SystemExit) as error:
+        run_metrics(monkeypatch, tmp_path, "--device", "cpu")
+    assert "3 images are too few" in error.value.code and "at least 257" in error.value.code

@@ -1,0 +1,316 @@
+"""The five scripts and the report, from options to tables, on a network of a few seconds."""
+
+import importlib
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import experiment, report
+from common.layers import layer_weights
+from common.model import load_model
+from common.sampling import load_images
+
+STRATEGIES = {
+    "whole_threshold": (["--threshold", "0.01", "0.1", "1"], ["Threshold 0.01", "Threshold 0.1", "Threshold 1"]),
+    "layer_group": (["--groups", "12/3456", "12/345/6"], ["Groups 12/3456", "Groups 12/345/6"]),
+    "layer_ratio": (["--ratio", "0.25", "0.35"], ["Ratio 0.25", "Ratio 0.35"]),
+    "layer_math": (["--alpha", "0.5"], ["Math alpha 0.5"]),
+}
+FIGURES = ("fid", "kid", "inception_score", "fid_difference", "kid_difference", "psnr")
+
+
+@pytest.fixture
+def call(tiny_preset, monkeypatch, capsys):
+    """Runs a script's main in an empty folder and returns what it printed."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--preset", "quick", "--device", "cpu", *arguments])
+        capsys.readouterr()
+        importlib.import_module(script).main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def real(tiny_preset):
+    """The label of the real digits' row."""
+    return f"Real test digits ({tiny_preset.images})"
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def trained(call, kept, tmp_path):
+    """A folder in which simplediffusion.py has run; it runs once for the whole module."""
+    if not (kept / "results").exists():
+        call("simplediffusion")
+        shutil.copytree(tmp_path / "checkpoints", kept / "checkpoints")
+        shutil.copytree(tmp_path / "results", kept / "results")
+    else:
+        shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def rows(out="results/quick"):
+    return [json.loads(line) for line in (Path(out) / "results.jsonl").read_text().splitlines()]
+
+
+def row_of(label, out="results/quick"):
+    (row,) = [row for row in rows(out) if row["label"] == label]
+    return row
+
+
+def table_of(printed):
+    """{label: line} of the last table that was printed."""
+    lines = printed.splitlines()
+    start = max(i for i, line in enumerate(lines) if line.startswith("Model "))
+    return {line.split("  ")[0]: line for line in lines[start + 2 :] if "±" in line and "  " in line}
+
+
+def images_of(label, out="results/quick"):
+    return load_images(Path(row_of(label, out)["image_file"]))
+
+
+def assert_printed(line, row):
+    for key, digits, factor in [("fid", 3, 1), ("kid", 2, 1000), ("inception_score", 3, 1)]:
+        assert f"{factor * row[key]:.{digits}f} ± {factor * row[key + '_error']:.{digits}f}" in line
+    for key, digits in [("fid_difference", 3), ("psnr", 1)]:
+        if key in row:
+            assert f"{row[key]:.{digits}f} ± {row[key + '_error']:.{digits}f}" in line
+
+
+def test_baseline_is_trained_and_then_found(call, real, tmp_path):
+    printed = call("simplediffusion")
+    checkpoint = tmp_path / "checkpoints" / "quick.safetensors"
+    assert "quick (--preset)" in printed.splitlines()[0]
+    assert [p.name for p in checkpoint.parent.iterdir()] == [checkpoint.name]  # no state of the training is left
+    table = table_of(printed)
+    assert list(table) == [real, "Baseline (FP32)", "Uniform (FP16)"]
+    assert [row["label"] for row in rows()] == list(table)
+    for label, line in table.items():
+        assert_printed(line, row_of(label))
+    assert "mnist features" in printed and "reference: mnist5k training digits" in printed
+    # Every tensor, and a total that is that of the file.
+    model = load_model(checkpoint)
+    assert all(f"\n{name} " in printed for name in model.state)
+    assert f"{sum(t.numel() for t in model.state.values()):,}" in printed
+
+    content, table_file = checkpoint.read_bytes(), Path("results/quick/results.jsonl").read_bytes()
+    again = call("simplediffusion")
+    assert "found trained" in again and "training in" not in again
+    assert table_of(again) == table
+    assert checkpoint.read_bytes() == content and Path("results/quick/results.jsonl").read_bytes() == table_file
+
+
+def test_retraining_ends_in_the_same_weights(call, trained):
+    checkpoint = trained / "checkpoints" / "quick.safetensors"
+    before = load_model(checkpoint).sha256
+    checkpoint.write_bytes(b"damaged")
+    call("simplediffusion", "--retrain")
+    assert load_model(checkpoint).sha256 == before
+
+
+@pytest.mark.parametrize("script", STRATEGIES)
+def test_strategy_prints_writes_and_packs_its_rows(call, trained, real, script):
+    arguments, settings = STRATEGIES[script]
+    printed = call(script, *arguments)
+    labels = [f"{setting} (FP16)" for setting in settings]
+    table = table_of(printed)
+    assert list(table) == [real, "Baseline (FP32)", "Uniform (FP16)", *labels]
+    assert {row["label"] for row in rows()} == set(table)
+    baseline = row_of("Baseline (FP32)")
+    for label in ["Uniform (FP16)", *labels]:
+        row = row_of(label)
+        assert_printed(table[label], row)
+        assert row["fid_difference"] == pytest.approx(row["fid"] - baseline["fid"], abs=1e-9)
+
+        # The size is that of the tensors as stored; the file adds its header.
+        model, path = load_model(row["file"]), Path(row["file"])
+        assert row["size_mib"] * 2**20 == sum(t.nbytes for t in model.stored.values())
+        assert 0 < path.stat().st_size - row["size_mib"] * 2**20 < 64 * 1024
+        assert f"{1 - row['size_mib'] / baseline['size_mib']:.2%}" in table[label]
+
+        # Kept tensors: by layer, FP32 in the file, and printed.
+        kept = {f"{layer}.{name}.weight" for layer, names in row["kept"].items() for name in names}
+        assert kept == {name for name in layer_weights(model.state) if model.formats[name] == "fp32"}
+        assert f"{label} keeps {len(kept)} of 58 weights" in printed
+        for layer, names in row["kept"].items():
+            assert not names or f"  {layer}: {', '.join(names)}" in printed
+    assert row_of("Uniform (FP16)")["kept"] == {f"layer{i}": [] for i in range(1, 7)}
+
+
+def test_threshold_one_keeps_the_largest_alone(call, trained):
+    call("whole_threshold", "--threshold", "0", "1")
+    assert sum(map(len, row_of("Threshold 1 (FP16)")["kept"].values())) == 1
+    nothing = row_of("Threshold 0 (FP16)")
+    assert sum(map(len, nothing["kept"].values())) == 58
+    for key in ("fid", "size_mib", "weights"):
+        assert nothing[key] == row_of("Baseline (FP32)")[key]
+
+
+@pytest.mark.parametrize("fmt", ["fp16", "int3"])
+def test_packed_file_repeats_its_row(call, trained, real, fmt):
+    printed = call("layer_ratio", "--ratio", "0.25", "--format", fmt)
+    label = f"Ratio 0.25 ({fmt.upper()})"
+    before = Path("results/quick/results.jsonl").read_bytes()
+    row = row_of(label)
+
+    # In the same folder its images are read back, and the rows stay as they are.
+    again = call("simplediffusion", "--checkpoint", row["file"])
+    assert list(table_of(again)) == [real, "Baseline (FP32)", label]
+    assert table_of(again)[label] == table_of(printed)[label]
+    assert Path("results/quick/results.jsonl").read_bytes() == before
+
+    # In another folder they are sampled from the packed file alone.
+    shutil.copytree("results/quick/reference", "elsewhere/reference")
+    elsewhere = call("simplediffusion", "--checkpoint", row["file"], "--out", "elsewhere")
+    assert table_of(elsewhere)[label] == table_of(printed)[label]
+    repeated = row_of(label, "elsewhere")
+    paths = {"file", "image_file"}
+    assert {k: v for k, v in repeated.items() if k not in paths} == {k: v for k, v in row.items() if k not in paths}
+    assert torch.equal(images_of(label), images_of(label, "elsewhere"))
+
+
+def test_packed_file_that_keeps_everything_repeats_its_row(call, trained):
+    printed = call("layer_ratio", "--ratio", "1")
+    label = "Ratio 1 (FP16)"
+    row = row_of(label)
+    shutil.copytree("results/quick/reference", "elsewhere/reference")
+    elsewhere = call("simplediffusion", "--checkpoint", row["file"], "--out", "elsewhere")
+    assert table_of(elsewhere)[label] == table_of(printed)[label]
+    repeated = row_of(label, "elsewhere")
+    paths = {"file", "image_file"}
+    assert {k: v for k, v in repeated.items() if k not in paths} == {k: v for k, v in row.items() if k not in paths}
+
+
+def test_packed_file_without_its_baseline(call, trained, real):
+    call("layer_ratio", "--ratio", "0.25")
+    row = row_of("Ratio 0.25 (FP16)")
+    (trained / "checkpoints" / "quick.safetensors").unlink()
+    printed = call("simplediffusion", "--checkpoint", row["file"])
+    assert "is not the baseline of" in printed
+    assert list(table_of(printed)) == [real, "Ratio 0.25 (FP16)"]
+    repeated = row_of("Ratio 0.25 (FP16)")
+    assert repeated["fid"] == row["fid"] and "fid_difference" not in repeated
+
+
+def test_quantized_weights_are_what_is_sampled(call, trained):
+    formats = ("fp16", "int8", "int4", "int2")
+    for fmt in formats:
+        call("layer_ratio", "--ratio", "0", "--format", fmt)
+    baseline = images_of("Baseline (FP32)")
+    psnrs, sizes = [], []
+    for fmt in formats:
+        uniform = row_of(f"Uniform ({fmt.upper()})")
+        psnrs.append(uniform["psnr"])
+        sizes.append(uniform["size_mib"])
+        # The ratio 0 is the uniform model by another way.
+        assert row_of(f"Ratio 0 ({fmt.upper()})")["weights"] == uniform["weights"]
+        # What the row says of the images is what they show.
+        squared = (images_of(f"Uniform ({fmt.upper()})").double() - baseline.double()).square().mean()
+        assert uniform["psnr"] == pytest.approx(10 * math.log10(255**2 / float(squared)), rel=1e-9)
+    assert psnrs == sorted(psnrs, reverse=True) and len(set(psnrs)) == 4
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    assert not torch.equal(images_of("Uniform (INT2)"), baseline)
+    assert psnrs[0] > 35 > psnrs[-1]
+
+
+def test_same_command_prints_the_same_table(call, trained):
+    arguments = ("layer_group", "--groups", "12/3456", "--format", "int4")
+    first, lines = call(*arguments), rows()
+    assert call(*arguments) == first  # from what it kept
+    shutil.rmtree("results")
+    assert table_of(call(*arguments)) == table_of(first)  # from nothing but the checkpoint
+    assert [row for row in lines if "INT4" in row["label"]] == [row for row in rows() if "INT4" in row["label"]]
+
+
+def test_batch_size_moves_no_figure(call, trained):
+    call("layer_math", "--format", "int4", "--batch-size", "70")
+    call("layer_math", "--format", "int4", "--batch-size", "33")
+    for label in ("Baseline (FP32)", "Uniform (INT4)", "Math alpha 0.5 (INT4)"):
+        one, other = (r for r in rows() if r["label"] == label and r["batch_size"] in (33, 70))
+        assert one["batch_size"] != other["batch_size"]
+        for key in ("fid", "kid", "inception_score"):
+            assert abs(one[key] - other[key]) <= 0.1 * one[f"{key}_error"], (label, key)
+
+
+def test_precision_and_fisher_of_all_timesteps_are_said(call, trained):
+    said = ("--precision", "bf16", "--fisher-timestep", "all")
+    printed = call("whole_threshold", "--threshold", "0.1", "--steps", "1", *said)
+    assert list(table_of(printed))[1:] == [
+        "Baseline (FP32) [bf16]", "Uniform (FP16) [bf16]", "Threshold 0.1 (FP16, Fisher over all timesteps) [bf16]",
+    ]  # fmt: skip
+    assert "sampled in bf16" in printed
+
+
+def test_results_are_strict_json_even_where_psnr_is_infinite(call, trained, monkeypatch):
+    # As it is where the weights differ too little for any pixel to change. JSON knows no infinity.
+    monkeypatch.setattr(experiment, "psnr", lambda *_: (math.inf, 0.0))
+    call("whole_threshold", "--threshold", "0", "1")
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    for line in Path("results/quick/results.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+def test_report_prints_and_draws_everything(call, trained, real, monkeypatch, capsys):
+    for script, (arguments, _) in STRATEGIES.items():
+        call(script, *arguments)
+    monkeypatch.setattr(sys, "argv", ["report.py", "--preset", "quick"])
+    report.main()
+    printed = capsys.readouterr().out
+    table = table_of(printed)
+    assert list(table)[:3] == [real, "Baseline (FP32)", "Uniform (FP16)"]
+    assert set(table) == {row["label"] for row in rows()} and len(table) == 3 + 3 + 2 + 2 + 1
+    for label, line in table.items():
+        assert_printed(line, row_of(label))
+    assert "22.75, 134.20" in table["Baseline (FP32)"]  # the published row stands beside
+    assert "22.42, 102.26" in table["Ratio 0.25 (FP16)"]
+    names = ["samples", "fid-size", "fid-ratio"]
+    names += [f"{name}-quick" for name in ("weights", "loss", "fisher-tensors", "fisher-groups")]
+    expected = {f"{name}.png" for name in names}
+    drawn = {p.name for p in Path("results/quick/figures").iterdir()}
+    assert drawn == expected
+    for name in expected:
+        assert str(Path("results/quick/figures") / name) in printed
+        picture = Path("results/quick/figures") / name
+        assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 5_000
+
+
+def test_report_keeps_settings_apart(call, trained, monkeypatch, capsys):
+    call("layer_ratio", "--seed", "1")
+    monkeypatch.setattr("common.figures.draw_all", lambda folder, groups: [])  # takes seconds
+    monkeypatch.setattr(sys, "argv", ["report.py", "--preset", "quick"])
+    report.main()
+    printed = capsys.readouterr().out
+    assert printed.count("\nModel ") == 2 and "seed 0" in printed and "seed 1" in printed
+    one, other = (r["fid"] for r in rows() if r["label"] == "Baseline (FP32)")
+    assert one != other
+
+
+def test_dry_run_of_the_published_size(call, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(experiment, "cost_estimate", lambda run: "cost")  # times the network, which takes seconds
+    monkeypatch.setattr(sys, "argv", ["simplediffusion.py", "--preset", "paper", "--device", "cpu", "--dry-run"])
+    importlib.import_module("simplediffusion").main()
+    printed = capsys.readouterr().out
+    assert "35,178,689 parameters" in printed and "58 weights" in printed
+    assert "baseline FP32 134.20 MiB" in printed and "uniform FP16 67.70 MiB (49.55% smaller)" in printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["simplediffusion", *STRATEGIES])
+def test_dry_run_writes_nothing(call, tmp_path, script):
+    printed = call(script, "--dry-run", "--format", "int4")
+    assert "cost on this device" in printed and "uniform INT4" in printed
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,279 @@
+"""Learning rate, EMA and batches in closed form; a run that was stopped ends as one that was not."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common import checkpoint, training
+from common.checkpoint import CheckpointError
+from common.config import TrainingConfig
+from common.training import EpochOrder, TrainingError, ema_decay, learning_rate, stratified_timesteps, train
+from common.unet import UNet
+
+CONFIG = TrainingConfig(data="mnist5k", batch_size=4, steps=8, lr=1e-3, warmup_steps=2, ema=0.9, seed=3)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def digits():
+    return torch.randint(0, 256, (10, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def run(tiny_config, digits, tmp_path):
+    """Trains a fresh network; other digits, configuration or network where asked for."""
+
+    def start(config=CONFIG, digits=digits, network=tiny_config, state=tmp_path / "state.safetensors"):
+        return train(UNet(network), config, digits, state, CPU, "fp32")
+
+    return start
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_learning_rate_closed_form():
+    config = replace(CONFIG, steps=110, warmup_steps=10, lr=2.0)
+    assert [learning_rate(config, step) for step in range(10)] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    # Half a cosine over the 100 steps that follow.
+    for step, expected in ((10, 2.0), (35, 1 + math.sqrt(0.5)), (60, 1.0), (85, 1 - math.sqrt(0.5)), (110, 0.0)):
+        assert learning_rate(config, step) == pytest.approx(expected, abs=1e-12)
+    rates = [learning_rate(config, step) for step in range(10, 111)]
+    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+
+
+def test_a_run_that_is_all_warm_up_has_a_learning_rate():
+    config = replace(CONFIG, steps=4, warmup_steps=4, lr=1.0)
+    assert [learning_rate(config, step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_ema_ramp_closed_form():
+    config = replace(CONFIG, ema=0.999)
+    assert ema_decay(config, 0) == 0.1
+    assert ema_decay(config, 8) == 0.5
+    assert ema_decay(config, 89) == pytest.approx(10 / 11)
+    assert ema_decay(config, 8_989) < 0.999 == ema_decay(config, 8_991) == ema_decay(config, 10**6)
+    # What is left of the initial weights after 100 steps: 9! / (101 ... 109), since the product telescopes.
+    left = math.prod(ema_decay(config, step) for step in range(100))
+    assert left == pytest.approx(math.prod(range(1, 10)) / math.prod(range(101, 110)))
+
+
+def test_every_digit_is_seen_once_an_epoch():
+    order = EpochOrder(20, 8, seed=0)
+    places = torch.cat([order.indices(step) for step in range(10)])  # four epochs; batches cross their borders
+    epochs = places.split(20)
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(20))
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 4
+
+
+def test_order_depends_on_seed_and_step_alone():
+    order = EpochOrder(20, 8, seed=0)
+    in_turn = [order.indices(step) for step in range(10)]
+    for step in (9, 2, 5):  # a resumed run begins anywhere
+        resumed = EpochOrder(20, 8, seed=0)
+        for later in range(step, 10):
+            assert torch.equal(resumed.indices(later), in_turn[later])
+    assert not torch.equal(EpochOrder(20, 8, seed=1).indices(0), in_turn[0])
+
+
+@pytest.mark.parametrize(("n", "timesteps"), [(8, 1000), (64, 1000), (1000, 1000), (3, 10), (1, 7)])
+def test_one_timestep_from_each_stratum(n, timesteps):
+    torch.manual_seed(0)
+    lowest = torch.tensor([math.floor(i * timesteps / n) for i in range(n)])
+    highest = torch.tensor([math.ceil((i + 1) * timesteps / n) - 1 for i in range(n)])
+    seen = torch.stack([stratified_timesteps(n, timesteps, CPU) for _ in range(200)])
+    assert seen.shape == (200, n)
+    assert seen.dtype == torch.int64
+    assert (seen >= lowest).all() and (seen <= highest).all()
+    assert seen.min() >= 0 and seen.max() <= timesteps - 1
+
+
+def test_stratified_timesteps_are_uniform():
+    """Also where the strata do not divide T: each timestep is as frequent as any other."""
+    torch.manual_seed(0)
+    draws = 20_000
+    counts = torch.cat([stratified_timesteps(4, 10, CPU) for _ in range(draws)]).bincount(minlength=10)
+    # Stratified counts vary by no more than independent ones, whose variance is n p (1 - p).
+    assert (counts - draws * 0.4).abs().max() < 5 * math.sqrt(4 * draws * 0.1 * 0.9)
+
+
+def test_the_last_timestep_is_never_passed(monkeypatch):
+    monkeypatch.setattr(training.torch, "rand", lambda n, **_: torch.full((n,), 1 - 2**-53, dtype=torch.float64))
+    assert stratified_timesteps(64, 1000, CPU)[-1] == 999
+
+
+def test_ema_of_a_run_closed_form(run, tmp_path):
+    """From the weights of each step, which runs without averaging give."""
+    config = replace(CONFIG, warmup_steps=100, ema=0.0)  # a rate that does not depend on the length of the run
+    (start, _), *weights = (
+        run(replace(config, steps=steps, lr=lr), state=tmp_path / f"{steps}-{lr}")
+        for steps, lr in ((1, 0.0), (1, 0.1), (2, 0.1), (3, 0.1))
+    )
+    averaged, _ = run(replace(config, steps=3, lr=0.1, ema=0.9999), state=tmp_path / "ema")
+    for name, initial in start.items():
+        expected = initial
+        for (state, _), decay in zip(weights, (1 / 10, 2 / 11, 3 / 12), strict=True):
+            expected = decay * expected + (1 - decay) * state[name]
+        assert torch.allclose(averaged[name], expected, rtol=0, atol=1e-6), name
+
+
+def test_first_step_of_adam_moves_weights_by_the_learning_rate(run, tmp_path):
+    config = replace(CONFIG, steps=1, warmup_steps=5, ema=0.0)
+    before, _ = run(replace(config, lr=0.0), state=tmp_path / "before")
+    after, _ = run(replace(config, lr=0.05), state=tmp_path / "after")
+    moved = torch.cat([(after[name] - before[name]).detach().abs().flatten() for name in before])
+    assert float(moved.max()) == pytest.approx(0.01, rel=1e-3)  # lr / warmup_steps
+    assert float(moved.median()) == pytest.approx(0.01, rel=1e-2)
+
+
+def test_the_average_holds_no_graph(run):
+    """A graph of the averages would grow with each step, until the memory is full."""
+    weights, _ = run(replace(CONFIG, steps=2))
+    assert not any(tensor.requires_grad for tensor in weights.values())
+
+
+def test_training_lowers_the_loss(run, tiny_config):
+    digits = torch.zeros(4, 32, 32, dtype=torch.uint8)  # all black: the noise is x_t but for a constant
+    config = replace(CONFIG, steps=40, lr=5e-3, batch_size=8, warmup_steps=5)
+    _, losses = run(config, digits=digits)
+    assert len(losses) == 40
+    assert sum(losses[:5]) / 5 > 0.7  # a fresh network predicts next to nothing of noise of variance 1
+    assert sum(losses[-5:]) / 5 < 0.5 * sum(losses[:5]) / 5
+
+
+def test_same_seed_same_weights_and_another_seed_others(run, tmp_path):
+    first, losses = run(state=tmp_path / "a")
+    torch.rand(5)  # whatever random numbers were drawn before
+    second, losses_again = run(state=tmp_path / "b")
+    assert equal(first, second)
+    assert losses == losses_again
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    other, _ = run(replace(CONFIG, seed=4), state=tmp_path / "c")
+    assert not equal(first, other)
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a process."""
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("stops", [[1], [7], [3, 4, 6]])
+def test_a_stopped_run_ends_in_the_same_bytes(run, tiny_config, tmp_path, monkeypatch, stops, dropout):
+    network = replace(tiny_config, dropout=dropout)
+    whole, whole_losses = run(network=network, state=tmp_path / "whole")
+
+    monkeypatch.setattr(training, "SAVE_SECONDS", -1)
+    state, loss = tmp_path / "stopped", training.denoising_loss
+    done = 0
+    for stop in stops:
+        calls = []
+
+        def stopping(*arguments, calls=calls, stop=stop, done=done):
+            if done + len(calls) == stop:
+                raise Stopped
+            calls.append(1)
+            return loss(*arguments)
+
+        monkeypatch.setattr(training, "denoising_loss", stopping)
+        with pytest.raises(Stopped):
+            run(network=network, state=state)
+        assert len(calls) == stop - done  # it went on from where it was, and repeated nothing
+        done = stop
+    monkeypatch.setattr(training, "denoising_loss", loss)
+    resumed, losses = run(network=network, state=state)
+    assert equal(whole, resumed)
+    assert losses == whole_losses
+    assert state.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_state_older_than_the_stop_repeats_the_steps_between(run, tmp_path, monkeypatch):
+    whole, whole_losses = run(state=tmp_path / "whole")
+    state, loss, calls = tmp_path / "stopped", training.denoising_loss, []
+
+    def stopping(*arguments):
+        if len(calls) == 6:
+            raise Stopped
+        calls.append(1)
+        monkeypatch.setattr(training, "SAVE_SECONDS", -1 if len(calls) == 3 else 60)
+        return loss(*arguments)
+
+    monkeypatch.setattr(training, "denoising_loss", stopping)
+    with pytest.raises(Stopped):
+        run(state=state)
+    assert checkpoint.load(state, "training")[1]["step"] == 3
+    monkeypatch.setattr(training, "denoising_loss", loss)
+    resumed, losses = run(state=state)
+    assert equal(whole, resumed)
+    assert losses == whole_losses
+
+
+def test_a_finished_state_gives_its_weights_without_a_step(run, tmp_path, monkeypatch):
+    """Where a process ended between the last step and the checkpoint."""
+    whole, losses = run()
+    monkeypatch.setattr(training, "denoising_loss", None)
+    again, losses_again = run()
+    assert equal(whole, again)
+    assert losses == losses_again
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(run, tmp_path, monkeypatch, value):
+    monkeypatch.setattr(training, "SAVE_SECONDS", -1)
+    loss, calls = training.denoising_loss, []
+
+    def spoiled(*arguments):
+        calls.append(1)
+        return loss(*arguments) * (value if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(training, "denoising_loss", spoiled)
+    with pytest.raises(TrainingError, match="not finite at step 3"):
+        run()
+    tensors, metadata = checkpoint.load(tmp_path / "state.safetensors", "training")
+    assert metadata["step"] == 3
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_a_loss_that_is_not_finite_is_found_at_the_next_saving(run, tmp_path, monkeypatch):
+    """Between savings it is not looked for; no state and no weights come of it, and the message names the first step."""
+    loss, calls = training.denoising_loss, []
+
+    def spoiled(*arguments):
+        calls.append(1)
+        return loss(*arguments) * (math.nan if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(training, "denoising_loss", spoiled)
+    with pytest.raises(TrainingError, match="not finite at step 2"):
+        run()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("training", {"config": replace(CONFIG, lr=2e-3)}),
+        ("training", {"config": replace(CONFIG, seed=4)}),
+        ("digits", {"digits": torch.zeros(10, 32, 32, dtype=torch.uint8)}),
+        ("architecture", {"dropout": 0.1}),
+    ],
+)
+def test_a_state_of_another_run_is_refused_and_kept(run, tiny_config, tmp_path, key, change):
+    run()
+    state = tmp_path / "state.safetensors"
+    content = state.read_bytes()
+    if "dropout" in change:
+        change = {"network": replace(tiny_config, **change)}
+    with pytest.raises(TrainingError, match=f"another {key}.*delete it"):
+        run(**change)
+    assert state.read_bytes() == content
+
+
+def test_a_damaged_state_is_refused(run, tmp_path):
+    run()
+    state = tmp_path / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="truncated or altered"):
+        run()
