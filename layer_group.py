@@ -6,6 +6,7 @@ python layer_group.py --groups 123/456 --format int8
 
 import argparse
 from functools import partial
+from statistics import mean
 
 from common.config import run_main, script_parser
 from common.layers import layer_of
@@ -34,7 +35,7 @@ def below_group_mean(values: dict[str, float], groups: str) -> set[str]:
     chosen = set()
     for group in groups.split("/"):
         members = {name: value for name, value in values.items() if layer_of(name)[-1] in group}
-        threshold = sum(members.values()) / len(members)
+        threshold = mean(members.values())  # exact: a rounded mean can lie above equal values
         chosen |= {name for name, value in members.items() if value < threshold}
     return chosen
 

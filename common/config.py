@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+CHANNEL_FACTORS = (1, 2, 4, 8, 8, 6)  # of layers 1 to 6, for the skips to join
 FORMATS = ("fp32", "fp16", "int8", "int7", "int6", "int5", "int4", "int3", "int2")
 
 
@@ -29,7 +30,7 @@ class UNetConfig:
 
     def __post_init__(self):
         width = self.channels[0]
-        if tuple(self.channels) != tuple(width * factor for factor in (1, 2, 4, 8, 8, 6)):
+        if tuple(self.channels) != tuple(width * factor for factor in CHANNEL_FACTORS):
             raise ValueError(f"channels {self.channels}: must be 1, 2, 4, 8, 8, 6 times the first for skips to join")
 
 
@@ -146,7 +147,7 @@ def script_parser(description: str) -> Parser:
     sampling.add_argument("--sampler", choices=("ddpm", "ddim"))
     sampling.add_argument("--steps", type=positive_int, metavar="N", help="DDIM steps; ddpm takes all T")
     sampling.add_argument("--batch-size", type=positive_int, metavar="N")
-    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
     sampling.add_argument("--device", default=None, help="cpu, cuda or cuda:N; default: cuda where available, else cpu")
     sampling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network when sampling")
     metrics = parser.add_argument_group("metrics and output")

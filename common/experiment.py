@@ -78,7 +78,9 @@ def settle(options: argparse.Namespace) -> Run:
         torch.cuda.set_device(device)
     name, why = options.preset, "--preset"
     if name is None and options.checkpoint is not None and options.checkpoint.exists():
-        name, why = load_model(options.checkpoint).about["preset"], "the checkpoint's"
+        name, why = read_checkpoint(options.checkpoint).about.get("preset"), "the checkpoint's"
+        if name not in PRESETS:
+            raise UserError(f"--checkpoint {options.checkpoint}: made with preset {name}, unknown here; give --preset")
     if name is None:
         name, why = ("paper", "CUDA is available") if torch.cuda.is_available() else ("quick", "no CUDA device here")
     preset = PRESETS[name]
@@ -92,8 +94,8 @@ def settle(options: argparse.Namespace) -> Run:
         raise UserError(f"--steps {steps}: there are {timesteps} timesteps; give at most as many")
     if options.inception_weights is not None and options.metric != "inception":
         raise UserError(f"--inception-weights {options.inception_weights}: goes with --metric inception only")
-    if options.seed < 0:
-        raise UserError(f"--seed {options.seed}: must be zero or positive")
+    if not 0 <= options.seed < 2**64:
+        raise UserError(f"--seed {options.seed}: must lie in 0..2^64 - 1")
     sampling = Sampling(
         images=options.images or preset.images,
         sampler=sampler,
@@ -124,20 +126,21 @@ def settle(options: argparse.Namespace) -> Run:
         f"seed {sampling.seed}; data {run.data}; format {run.fmt}; Fisher timestep {run.fisher_timestep}; {run.out}/"
     )
     if not run.dry_run:
-        _require_writable(run.out, needed_mib=32 * size_mib(preset.network, {}))
+        report.read_rows(run.out / "results.jsonl", absent_is_empty=True)
+        _require_writable("--out", run.out, needed_mib=32 * size_mib(preset.network, {}))
     return run
 
 
-def _require_writable(folder: Path, needed_mib: float) -> None:
+def _require_writable(option: str, folder: Path, needed_mib: float) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written ({error.strerror}); name another folder") from None
+        raise UserError(f"{option} {folder}: cannot be written ({error.strerror}); name another folder") from None
     if free / MIB < needed_mib:
-        raise UserError(f"--out {folder}: {free / MIB:.0f} MiB free, {needed_mib:.0f} needed; name another folder")
+        raise UserError(f"{option} {folder}: {free / MIB:.0f} MiB free, {needed_mib:.0f} needed; name another folder")
 
 
 def print_sizes(run: Run) -> None:
@@ -206,7 +209,6 @@ def train_baseline(run: Run) -> Model:
     """Trains, or continues training, the preset's baseline; writes it to the checkpoint and returns it."""
     state_path = training_state_file(run)
     digits = load_digits(run.data, "train", run.data_dir)
-    _require_writable(run.checkpoint.parent, needed_mib=5 * size_mib(run.preset.network, {}))
     precision = training_precision(run.device)
     print(cost_estimate(run))
     print(f"training in {precision}; state in {state_path}, so the same command continues after an interruption")
@@ -251,10 +253,7 @@ def load_checkpoint(run: Run) -> Model:
             f"--checkpoint {run.checkpoint}: no such file; make the baseline with: "
             f"python simplediffusion.py --preset {run.preset_name}"
         )
-    try:
-        model = load_model(run.checkpoint)
-    except OSError as error:
-        raise UserError(f"--checkpoint {run.checkpoint}: cannot be read ({error.strerror})") from None
+    model = read_checkpoint(run.checkpoint)
     expected = replace(run.preset.network, dropout=model.config.dropout)
     if model.config != expected:
         raise CheckpointError(
@@ -262,6 +261,14 @@ def load_checkpoint(run: Run) -> Model:
             f"{run.preset_name}, {expected.channels}; give the --preset that made it"
         )
     return model
+
+
+def read_checkpoint(path: Path) -> Model:
+    """The model of a file that is there. Raises UserError naming --checkpoint."""
+    try:
+        return load_model(path)
+    except OSError as error:
+        raise UserError(f"--checkpoint {path}: cannot be read ({error.strerror})") from None
 
 
 def fisher_table(run: Run, model: Model) -> fisher.FisherTable:
@@ -463,8 +470,13 @@ def run_baseline(options: argparse.Namespace, retrain: bool) -> None:
     missing = not run.checkpoint.exists()
     if missing and options.checkpoint is not None and not retrain:
         load_checkpoint(run)  # raises: a file that was named is not made by guessing
-    bench = make_bench(run)
-    model = train_baseline(run) if missing or retrain else load_checkpoint(run)
+    if missing or retrain:
+        _require_writable("--checkpoint", run.checkpoint.parent, needed_mib=5 * size_mib(run.preset.network, {}))
+        bench = make_bench(run)
+        model = train_baseline(run)
+    else:
+        model = load_checkpoint(run)
+        bench = make_bench(run)
     if model.is_full_precision:
         if not (missing or retrain):
             print(

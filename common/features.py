@@ -113,7 +113,7 @@ def _load_inception(weights: Path | None) -> Inception:
             network = inception.InceptionV3([inception.InceptionV3.BLOCK_INDEX_BY_DIM[Inception.dimensions]])
         class_weight = state["fc.weight"]
     except Exception as error:  # torch.load and load_state_dict raise many kinds; all mean the same here
-        reason = str(error).splitlines()[0][:120]
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise UserError(
             f"--inception-weights {path}: not the weights of pytorch-fid's Inception ({reason}); "
             f"get them from {inception.FID_WEIGHTS_URL}"
@@ -131,8 +131,8 @@ def _load_inception(weights: Path | None) -> Inception:
 def _download_inception(url: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=INCEPTION_SHA256_PREFIX)
         except (OSError, RuntimeError) as error:
             raise UserError(

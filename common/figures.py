@@ -115,8 +115,9 @@ def _band_of_real_digits(axis, rows: list[dict]) -> None:
 
 def _plain_ticks(axis) -> None:
     for side in (axis.xaxis, axis.yaxis):
-        side.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-        side.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 0.7)))
+        side.set_major_formatter("{x:g}")
+        side.set_minor_formatter("{x:g}")
+        side.set_tick_params(which="minor", labelsize=7)
 
 
 def draw_fisher_by_tensor(table: fisher.FisherTable):
@@ -168,6 +169,7 @@ def draw_weights(model: Model):
         values = torch.cat([model.state[name].flatten() for name in names]).numpy()
         axis.hist(values, bins=200, log=True)
         axis.set_title(f"{layer}: {len(values):,} weights, std {values.std():.3f}", fontsize=9)
+        axis.set(xlabel="weight", ylabel="count")
         axis.grid(alpha=0.3)
     figure.tight_layout()
     return figure

@@ -61,6 +61,7 @@ class Model:
         for name in names:
             shape, axis = shapes[name]
             formats[name] = stored_format(fmt, shape)
+            stored.pop(f"{name}:scale", None)
             stored |= _named(name, pack(self.state[name], formats[name], axis))
         return Model(self.config, stored, formats, {**self.about, **about})
 

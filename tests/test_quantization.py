@@ -94,8 +94,7 @@ def test_every_code_survives_packing(fmt):
 
 @pytest.mark.parametrize(
     ("fmt", "expected"),
-    [("fp32", 4000), ("fp16", 2000), ("int8", 1000), ("int7", 875), ("int6", 750), ("int5", 625), ("int4", 500)]
-    + [("int3", 375), ("int2", 250)],
+    zip(FORMATS, [4000, 2000, 1000, 875, 750, 625, 500, 375, 250], strict=True),
 )
 def test_bytes_of_a_thousand_numbers(fmt, expected):
     w = weights((10, 100))

@@ -1,4 +1,4 @@
-"""Training and sampling killed with SIGKILL and started again: the same bytes and the same table as a run that was not."""
+"""Training and sampling killed with SIGKILL and started again end in the bytes and the table of a run that was not."""
 
 import contextlib
 import multiprocessing
@@ -13,7 +13,7 @@ import pytest
 
 # New processes come from a server that has torch loaded and has run nothing, so that starting one takes no time.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch", "common.experiment"])
+PROCESSES.set_forkserver_preload(["torch", "torch._dynamo", "torch._refs", "common.experiment"])
 
 STEPS = 12
 
@@ -36,6 +36,8 @@ def run_script(folder: str, network, arguments: tuple[str, ...], die_at_write: i
         fisher_grid_digits=1,
     )
     experiment.CHECKPOINTS = Path("checkpoints")
+    load_digits = experiment.load_digits
+    experiment.load_digits = lambda *which: load_digits(*which)[:500]  # so that their features take no time
     training.SAVE_SECONDS = -1  # after every step
     writes, fsync = [], os.fsync
 
@@ -48,9 +50,13 @@ def run_script(folder: str, network, arguments: tuple[str, ...], die_at_write: i
 
     checkpoint.os.fsync = dying_fsync
     sys.argv = ["simplediffusion.py", "--preset", "quick", "--device", "cpu", "--batch-size", "100", *arguments]
-    with open("stdout.txt", "w") as out, open("stderr.txt", "w") as err:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run_main(simplediffusion.main)
+    with (
+        open("stdout.txt", "w") as out,
+        open("stderr.txt", "w") as err,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        run_main(simplediffusion.main)
 
 
 @pytest.fixture
@@ -155,13 +161,12 @@ def kill_when(process, happened, after):
     return process.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("after", [0.0, 0.03])
-def test_killed_in_training_and_in_sampling(uninterrupted, start, tmp_path, after):
+def test_killed_in_training_and_in_sampling(uninterrupted, start, tmp_path):
     state = tmp_path / "checkpoints" / "quick.training.safetensors"
     images = tmp_path / "results" / "quick" / "images"
-    assert kill_when(start(tmp_path), state.exists, after)
+    assert kill_when(start(tmp_path), state.exists, after=0.01)
     assert not (tmp_path / "checkpoints" / "quick.safetensors").exists()
-    assert kill_when(start(tmp_path), lambda: any(images.glob("*.parts/0*")), after)
+    assert kill_when(start(tmp_path), lambda: any(images.glob("*.parts/0*")), after=0.005)
     finish(start(tmp_path), tmp_path)
     assert_same(tmp_path, uninterrupted)
 
@@ -171,7 +176,7 @@ def test_a_resumed_run_repeats_no_finished_step(start, tmp_path):
     process = start(tmp_path, die_at_write=8)  # the first write is that of the digits' statistics
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
-    process = start(tmp_path, die_at_write=STEPS)
+    process = start(tmp_path, die_at_write=STEPS - 6 + 2)  # the states of the other steps, the checkpoint, one more
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert (tmp_path / "checkpoints" / "quick.safetensors").exists()

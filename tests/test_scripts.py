@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -50,14 +51,15 @@ def kept(tmp_path_factory):
 
 @pytest.fixture
 def trained(call, kept, tmp_path):
-    """A folder in which simplediffusion.py has run; it runs once for the whole module."""
-    if not (kept / "results").exists():
+    """A folder in which simplediffusion.py has run; it runs once for the whole module, and images are passed on."""
+    if (kept / "results").exists():
+        shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+    else:
         call("simplediffusion")
         shutil.copytree(tmp_path / "checkpoints", kept / "checkpoints")
         shutil.copytree(tmp_path / "results", kept / "results")
-    else:
-        shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
-    return tmp_path
+    yield tmp_path
+    shutil.copytree(tmp_path / "results/quick/images", kept / "results/quick/images", dirs_exist_ok=True)
 
 
 def rows(out="results/quick"):
@@ -234,18 +236,22 @@ def test_same_command_prints_the_same_table(call, trained):
 
 
 def test_batch_size_moves_no_figure(call, trained):
-    call("layer_math", "--format", "int4", "--batch-size", "70")
-    call("layer_math", "--format", "int4", "--batch-size", "33")
-    for label in ("Baseline (FP32)", "Uniform (INT4)", "Math alpha 0.5 (INT4)"):
-        one, other = (r for r in rows() if r["label"] == label and r["batch_size"] in (33, 70))
+    call("simplediffusion", "--format", "int4", "--batch-size", "130")
+    call("simplediffusion", "--format", "int4", "--batch-size", "33")
+    for label in ("Baseline (FP32)", "Uniform (INT4)"):
+        one, other = (r for r in rows() if r["label"] == label and r["batch_size"] in (33, 130))
         assert one["batch_size"] != other["batch_size"]
         for key in ("fid", "kid", "inception_score"):
             assert abs(one[key] - other[key]) <= 0.1 * one[f"{key}_error"], (label, key)
 
 
-def test_precision_and_fisher_of_all_timesteps_are_said(call, trained):
+def test_precision_and_fisher_of_all_timesteps_are_said(call, trained, monkeypatch):
+    # bfloat16 is not run but asked for: processors without it are many times slower.
+    asked = []
+    monkeypatch.setattr("common.sampling.autocast", lambda _, precision: asked.append(precision) or nullcontext())
     said = ("--precision", "bf16", "--fisher-timestep", "all")
     printed = call("whole_threshold", "--threshold", "0.1", "--steps", "1", *said)
+    assert asked and set(asked) == {"bf16"}
     assert list(table_of(printed))[1:] == [
         "Baseline (FP32) [bf16]", "Uniform (FP16) [bf16]", "Threshold 0.1 (FP16, Fisher over all timesteps) [bf16]",
     ]  # fmt: skip
@@ -289,7 +295,7 @@ def test_report_prints_and_draws_everything(call, trained, real, monkeypatch, ca
 
 
 def test_report_keeps_settings_apart(call, trained, monkeypatch, capsys):
-    call("layer_ratio", "--seed", "1")
+    call("simplediffusion", "--seed", "1")
     monkeypatch.setattr("common.figures.draw_all", lambda folder, groups: [])  # takes seconds
     monkeypatch.setattr(sys, "argv", ["report.py", "--preset", "quick"])
     report.main()

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_learning_rate_closed_form():
     for step, expected in ((10, 2.0), (35, 1 + math.sqrt(0.5)), (60, 1.0), (85, 1 - math.sqrt(0.5)), (110, 0.0)):
         assert learning_rate(config, step) == pytest.approx(expected, abs=1e-12)
     rates = [learning_rate(config, step) for step in range(10, 111)]
-    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a > b for a, b in pairwise(rates))
 
 
 def test_a_run_that_is_all_warm_up_has_a_learning_rate():
@@ -238,7 +239,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(run, tmp_
 
 
 def test_a_loss_that_is_not_finite_is_found_at_the_next_saving(run, tmp_path, monkeypatch):
-    """Between savings it is not looked for; no state and no weights come of it, and the message names the first step."""
+    """Between savings nobody looks; no state and no weights come of it, and the message names the first bad step."""
     loss, calls = training.denoising_loss, []
 
     def spoiled(*arguments):
