@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -31,6 +32,11 @@ FISHER_SEED = 0
 PUBLISHED_BASELINE = (22.7512, 134.2)
 PUBLISHED_UNIFORM = (24.1324, 67.7)
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
+
+
+def preset_checkpoint(preset_name: str) -> Path:
+    """Where a preset's baseline is kept."""
+    return CHECKPOINTS / f"{preset_name}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ def settle(options: argparse.Namespace) -> Run:
         preset_name=name,
         preset=preset,
         training=replace(preset.training, data=options.data or preset.training.data),
-        checkpoint=options.checkpoint or CHECKPOINTS / f"{name}.safetensors",
+        checkpoint=options.checkpoint or preset_checkpoint(name),
         data=options.data or preset.training.data,
         data_dir=options.data_dir,
         fmt=options.format,
@@ -238,10 +244,10 @@ def training_state_file(run: Run) -> Path:
 def load_baseline(run: Run) -> Model:
     """The FP32 model of --checkpoint. Raises UserError where it is missing, quantized or of another architecture."""
     model = load_checkpoint(run)
-    if not model.is_full_precision:
+    if not model.is_baseline:
         raise UserError(
             f"--checkpoint {run.checkpoint} is quantized already; strategies start from an FP32 baseline: "
-            f"{CHECKPOINTS / run.preset_name}.safetensors"
+            f"{preset_checkpoint(run.preset_name)}"
         )
     return model
 
@@ -361,7 +367,9 @@ def make_row(run: Run, bench: Bench, model: Model, measured: Measured, baseline:
         for key in ("fid", "kid"):
             difference, error = getattr(measured.scores, key).minus(getattr(baseline.scores, key))
             row |= {f"{key}_difference": difference, f"{key}_difference_error": error}
-        row["psnr"], row["psnr_error"] = psnr(measured.images, baseline.images)
+        decibels, error = psnr(measured.images, baseline.images)
+        if np.isfinite(decibels):  # equal images have none, nor has JSON a number for it
+            row |= {"psnr": decibels, "psnr_error": error}
     return row
 
 
@@ -432,10 +440,10 @@ def run_strategy(options: argparse.Namespace, choices: list[Choice]) -> None:
     for choice in choices:
         about = about_row(run, baseline, choice.strategy, choice.setting, choice.published)
         models.append(baseline.quantize(choice.rule(values), run.fmt, about))
-    print_rows(run, bench, baseline, models)
+    print_rows(run, bench, baseline, run.checkpoint, models)
 
 
-def print_rows(run: Run, bench: Bench, baseline: Model | None, models: list[Model]) -> None:
+def print_rows(run: Run, bench: Bench, baseline: Model | None, baseline_path: Path, models: list[Model]) -> None:
     """Measures the models, writes their packed files, prints the table and adds its rows to results.jsonl."""
     origin = baseline.sha256 if baseline is not None else models[0].about["baseline"]
     rows = [real_row(run, bench, origin)]
@@ -443,7 +451,7 @@ def print_rows(run: Run, bench: Bench, baseline: Model | None, models: list[Mode
     if baseline is not None:
         baseline = replace(baseline, about=baseline.about | {"published": PUBLISHED_BASELINE})
         baseline_measured = measure(run, bench, baseline)
-        rows.append(make_row(run, bench, baseline, baseline_measured, None) | {"file": str(run.checkpoint)})
+        rows.append(make_row(run, bench, baseline, baseline_measured, None) | {"file": str(baseline_path)})
     for model in models:
         path = packed_file(run, model)
         save_model(path, model)
@@ -471,27 +479,27 @@ def run_baseline(options: argparse.Namespace, retrain: bool) -> None:
     if missing and options.checkpoint is not None and not retrain:
         load_checkpoint(run)  # raises: a file that was named is not made by guessing
     if missing or retrain:
-        _require_writable("--checkpoint", run.checkpoint.parent, needed_mib=5 * size_mib(run.preset.network, {}))
         bench = make_bench(run)
+        _require_writable("--checkpoint", run.checkpoint.parent, needed_mib=5 * size_mib(run.preset.network, {}))
         model = train_baseline(run)
     else:
         model = load_checkpoint(run)
         bench = make_bench(run)
-    if model.is_full_precision:
+    if model.is_baseline:
         if not (missing or retrain):
             print(
                 f"found trained: {run.checkpoint} ({model.about['digits_seen']:,} digits seen); --retrain trains anew"
             )
         table = fisher_table(run, model)
         print(report.format_tensors(model, table))
-        print_rows(run, bench, model, [uniform(run, model)])
+        print_rows(run, bench, model, run.checkpoint, [uniform(run, model)])
     else:
-        print_rows(run, bench, find_baseline(run, model), [model])
+        print_rows(run, bench, find_baseline(run, model), preset_checkpoint(run.preset_name), [model])
 
 
 def find_baseline(run: Run, model: Model) -> Model | None:
     """The baseline that a packed model came from, where the preset's checkpoint is it."""
-    path = CHECKPOINTS / f"{run.preset_name}.safetensors"
+    path = preset_checkpoint(run.preset_name)
     if path.exists():
         baseline = load_model(path)
         if baseline.sha256 == model.about.get("baseline"):

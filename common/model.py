@@ -41,8 +41,9 @@ class Model:
         return checkpoint.hash_tensors(self.state)
 
     @property
-    def is_full_precision(self) -> bool:
-        return set(self.formats.values()) == {"fp32"}
+    def is_baseline(self) -> bool:
+        """Whether strategies may start from it: not the result of one, and all FP32."""
+        return "strategy" not in self.about and set(self.formats.values()) == {"fp32"}
 
     def network(self) -> UNet:
         """The network with these weights, in evaluation mode."""

@@ -1,6 +1,7 @@
 """Sealed files: whatever is changed in one is refused; a write leaves the old file or the new one."""
 
 import hashlib
+import json
 import os
 
 import numpy as np
@@ -105,6 +106,15 @@ def test_a_foreign_file_with_a_fitting_checksum_is_refused(tmp_path, body):
     digest = hashlib.sha256(unsealed).hexdigest().encode()
     path = tmp_path / "foreign"
     path.write_bytes(unsealed.replace(b"0" * 64, digest))
+    with pytest.raises(CheckpointError, match="not a file of this project"):
+        load(path, "model")
+
+
+def test_a_foreign_safetensors_file_with_a_fitting_checksum_is_refused(tmp_path):
+    header = json.dumps({"kind": "model", "sha256": "0" * 64})
+    unsealed = safetensors.torch.save({"weight": torch.ones(3)}, {"another program": header})
+    path = tmp_path / "foreign"
+    path.write_bytes(unsealed.replace(b"0" * 64, hashlib.sha256(unsealed).hexdigest().encode()))
     with pytest.raises(CheckpointError, match="not a file of this project"):
         load(path, "model")
 

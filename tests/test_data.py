@@ -137,15 +137,18 @@ def test_mnist_out_of_reach_names_the_options(tmp_path, no_network):
     assert str(tmp_path) in str(error.value)
 
 
-def test_mnist_with_a_file_missing_or_truncated_names_the_options(tmp_path, few_digits, no_network):
+@pytest.mark.parametrize("file", ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "cut in its header", "empty", "a web page"])
+def test_mnist_with_a_file_damaged_names_the_options(tmp_path, few_digits, no_network, file, damage):
     raw = tmp_path / "MNIST" / "raw"
     write_idx(raw, few_digits)
-    file = raw / "train-images-idx3-ubyte"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(DataError) as error:
-        load_digits("mnist", "train", tmp_path)
-    remedies(error)
-    file.unlink()
+    path = raw / file
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        damaged = {"truncated": content[:-1], "cut in its header": content[:6], "empty": b""}
+        path.write_bytes(damaged.get(damage, b"<!DOCTYPE html><html><body>Sign in to the network</body></html>"))
     with pytest.raises(DataError) as error:
         load_digits("mnist", "train", tmp_path)
     remedies(error)

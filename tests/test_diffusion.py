@@ -131,9 +131,12 @@ def test_a_denoiser_that_knows_the_digit_samples_it():
         assert torch.allclose(images, digit.expand_as(images), rtol=0, atol=1e-4), sampler
 
 
-def test_ddim_takes_any_number_of_steps():
+def test_ddim_takes_any_number_of_steps(ddim):
     schedule = Schedule()
     assert schedule.ddim_timesteps(1) == [999]
+    for steps in (3, 7, 30, 333):  # numbers that do not divide T
+        ddim.set_timesteps(steps)
+        assert schedule.ddim_timesteps(steps) == ddim.timesteps.tolist()
     assert schedule.ddim_timesteps(1000) == list(range(999, -1, -1))
     for steps in range(1, 1001):
         timesteps = schedule.ddim_timesteps(steps)

@@ -146,7 +146,7 @@ def test_quantizing_changes_the_named_tensors_alone(baseline):
     assert {n for n in model.state if not torch.equal(model.state[n], baseline.state[n])} == {name}
     assert model.about == {**ABOUT, "label": "one"}
     assert model.sha256 != baseline.sha256
-    assert baseline.is_full_precision and not model.is_full_precision
+    assert baseline.is_baseline and not model.is_baseline
     assert set(baseline.formats.values()) == {"fp32"} and baseline.about == ABOUT
 
 
@@ -159,7 +159,7 @@ def test_quantizing_again_leaves_nothing_of_the_first_time(baseline):
 
 def test_nothing_quantized_is_the_baseline(baseline):
     model = baseline.quantize([], "int4", {})
-    assert model.is_full_precision
+    assert model.is_baseline
     assert model.sha256 == baseline.sha256
     assert model.size_mib() == baseline.size_mib() == size_mib(baseline.config, {})
 

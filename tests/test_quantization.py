@@ -147,6 +147,9 @@ def test_zeros_stay_zeros():
     zeros = torch.zeros(3, 5)
     for fmt in FORMATS:
         assert equal_bits(fake_quantize(zeros, fmt), zeros)
+    quantized = quantize_integer(torch.tensor([[0.0, 0.0], [127.0, 1.0]]), "int8", axis=0)
+    assert quantized.scale.tolist() == [1.0, 1.0]  # not zero: 0 / 0 has no integer on every machine
+    assert quantized.codes.tolist() == [[0, 0], [127, 1]]
 
 
 def test_fp16_is_half_precision():
