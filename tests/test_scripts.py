@@ -75,7 +75,7 @@ def table_of(printed):
     """{label: line} of the last table that was printed."""
     lines = printed.splitlines()
     start = max(i for i, line in enumerate(lines) if line.startswith("Model "))
-    return {line.split("  ")[0]: line for line in lines[start + 2 :] if "±" in line and "  " in line}
+    return {line.split("  ")[0]: " ".join(line.split()) for line in lines[start + 2 :] if "±" in line and "  " in line}
 
 
 def images_of(label, out="results/quick"):
