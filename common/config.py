@@ -72,7 +72,7 @@ PRESETS = {
         fisher_grid_digits=256,
     ),
     "quick": Preset(
-        # Without dropout: at this length the small network is still short of capacity, not of data.
+        # Without dropout: the small network, trained for so short a time, is not expected to overfit (not compared).
         network=UNetConfig(channels=(16, 32, 64, 128, 128, 96), groups=16, heads=4, dropout=0.0),
         training=TrainingConfig(data="mnist5k", batch_size=32, steps=6_000, lr=2e-3, warmup_steps=100, ema=0.999),
         images=1_000,

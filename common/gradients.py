@@ -1,8 +1,9 @@
-"""Squared gradients of single samples, for any module, at about the price of one training step for each batch.
+"""Squared gradients of single samples, for any module.
 
 Where every parameter sits in a layer of a known kind, a sample's gradient follows from the layer's input and the
 gradient of its output (Rochette et al. 2019, "Efficient per-example gradient computations"), so one backward pass over
-the batch does. Any other network takes torch.func's vectorised gradients: the same values, some times slower.
+the batch does, and one over a single sample to check it. Any other network takes torch.func's vectorised gradients:
+the same values, more slowly.
 """
 
 import warnings
