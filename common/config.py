@@ -41,7 +41,8 @@ class TrainingConfig:
     data: str
     batch_size: int
     steps: int
-    lr: float
+    lr: float  # of Adam
+    muon_lr: float
     warmup_steps: int
     ema: float
     gradient_clip: float = 1.0
@@ -57,6 +58,7 @@ class Preset:
     images: int
     sampler: str
     ddim_steps: int
+    eta: float  # of DDIM: 0 deterministic, 1 as much fresh noise as the ancestral sampler
     fisher_digits: int  # at timestep 1
     fisher_grid_digits: int  # at each timestep of the grid
 
@@ -64,20 +66,26 @@ class Preset:
 PRESETS = {
     "paper": Preset(
         network=UNetConfig(),
-        training=TrainingConfig(data="mnist", batch_size=128, steps=47_000, lr=3e-4, warmup_steps=1_000, ema=0.9995),
+        training=TrainingConfig(
+            data="mnist", batch_size=128, steps=47_000, lr=3e-4, muon_lr=2e-3, warmup_steps=1_000, ema=0.9995
+        ),
         images=5_000,
         sampler="ddpm",
         ddim_steps=50,
+        eta=1.0,
         fisher_digits=1_024,
         fisher_grid_digits=256,
     ),
     "quick": Preset(
         # Without dropout: the small network, trained for so short a time, is not expected to overfit (not compared).
         network=UNetConfig(channels=(16, 32, 64, 128, 128, 96), groups=16, heads=4, dropout=0.0),
-        training=TrainingConfig(data="mnist5k", batch_size=32, steps=6_000, lr=2e-3, warmup_steps=100, ema=0.999),
+        training=TrainingConfig(
+            data="mnist5k", batch_size=32, steps=8_000, lr=2e-3, muon_lr=5e-3, warmup_steps=100, ema=0.999
+        ),
         images=1_000,
         sampler="ddim",
         ddim_steps=20,
+        eta=1.0,
         fisher_digits=512,
         fisher_grid_digits=128,
     ),
@@ -146,6 +154,9 @@ def script_parser(description: str) -> Parser:
     sampling.add_argument("--images", type=positive_int, metavar="N", help="of each model; default: the preset's")
     sampling.add_argument("--sampler", choices=("ddpm", "ddim"), help="default: the preset's")
     sampling.add_argument("--steps", type=positive_int, metavar="N", help="DDIM steps; ddpm takes all T")
+    sampling.add_argument(
+        "--eta", type=bounded_float(0, 1), metavar="ETA", help="fresh noise of DDIM, 0..1; default: the preset's"
+    )
     sampling.add_argument("--batch-size", type=positive_int, metavar="N", help="default: 50 on a CPU, 250 on CUDA")
     sampling.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
     sampling.add_argument("--device", default=None, help="cpu, cuda or cuda:N; default: cuda where available, else cpu")

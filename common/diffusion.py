@@ -36,15 +36,20 @@ class Schedule:
         sigma = np.sqrt(beta * (1 - abar_prev) / (1 - abar))
         return float(x0_weight) * self.predict_x0(x, eps, t) + float(x_weight) * x + float(sigma) * noise
 
-    def ddim_step(self, x: torch.Tensor, eps: torch.Tensor, t: int, t_next: int) -> torch.Tensor:
-        """x at the earlier timestep `t_next` (-1: the finished image), eta = 0 (Song et al. 2021, eq. 12).
+    def ddim_step(
+        self, x: torch.Tensor, eps: torch.Tensor, t: int, t_next: int, eta: float, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """x at the earlier timestep `t_next` (-1: the finished image; Song et al. 2021, eq. 12 and 16).
 
-        The noise is taken anew from the clipped x_0: with the predicted one some images drift to white.
+        eta: 0 is deterministic, 1 adds as much fresh `noise` as the ancestral sampler would. The noise already in x is
+        taken anew from the clipped x_0: with the predicted one some images drift to white.
         """
         abar, abar_next = self.alphas_cumprod[t], self.alphas_cumprod[t_next] if t_next >= 0 else 1.0
         x0 = self.predict_x0(x, eps, t)
-        noise = (x - float(np.sqrt(abar)) * x0) / float(np.sqrt(1 - abar))
-        return float(np.sqrt(abar_next)) * x0 + float(np.sqrt(1 - abar_next)) * noise
+        own_noise = (x - float(np.sqrt(abar)) * x0) / float(np.sqrt(1 - abar))
+        variance = eta**2 * (1 - abar_next) / (1 - abar) * (1 - abar / abar_next)
+        x_next = float(np.sqrt(abar_next)) * x0 + float(np.sqrt(1 - abar_next - variance)) * own_noise
+        return x_next + float(np.sqrt(variance)) * noise
 
     def ddim_timesteps(self, steps: int) -> list[int]:
         """`steps` timesteps from T-1 down, evenly spaced ("trailing", Lin et al. 2024, table 2)."""
@@ -78,20 +83,24 @@ def sample(
     noise: NoiseStreams,
     sampler: str,
     steps: int,
+    eta: float = 0.0,
     device: torch.device | str = "cpu",
     on_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Images, float (N, 1, 32, 32), one for each stream of `noise`.
 
-    sampler: "ddpm" (all T steps; `steps` must equal T) or "ddim" (`steps` of 1..T). Each step ends in `on_step()`.
+    sampler: "ddpm" (all T steps; `steps` must equal T) or "ddim" (`steps` of 1..T, `eta` of 0..1). Each step ends in
+    `on_step()`.
     """
+    stochastic = sampler == "ddpm" or eta > 0
     timesteps = schedule.ddim_timesteps(steps)
     x = noise.draw(device).to(memory_format=torch.channels_last)
     for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
         eps = network(x, torch.full((len(x),), t, device=x.device)).float()
+        fresh = noise.draw(device) if stochastic and t_next >= 0 else torch.zeros_like(x)
         if sampler == "ddim":
-            x = schedule.ddim_step(x, eps, t, t_next)
+            x = schedule.ddim_step(x, eps, t, t_next, eta, fresh)
         else:
-            x = schedule.ddpm_step(x, eps, t, noise.draw(device) if t > 0 else torch.zeros_like(x))
+            x = schedule.ddpm_step(x, eps, t, fresh)
         on_step()
     return x

@@ -90,7 +90,8 @@ def settle(options: argparse.Namespace) -> Run:
     if name is None:
         name, why = ("paper", "CUDA is available") if torch.cuda.is_available() else ("quick", "no CUDA device here")
     preset = PRESETS[name]
-    sampler = options.sampler or ("ddim" if options.steps else preset.sampler)
+    implied = "ddim" if options.steps or options.eta is not None else preset.sampler
+    sampler = options.sampler or implied
     timesteps = preset.network.timesteps
     default_steps = timesteps if sampler == "ddpm" else preset.ddim_steps
     steps = options.steps or default_steps
@@ -98,6 +99,8 @@ def settle(options: argparse.Namespace) -> Run:
         raise UserError(f"--steps {steps}: --sampler ddpm takes all {timesteps} steps; use --sampler ddim for fewer")
     if steps > timesteps:
         raise UserError(f"--steps {steps}: there are {timesteps} timesteps; give at most as many")
+    if sampler == "ddpm" and options.eta is not None:
+        raise UserError(f"--eta {options.eta:g}: goes with --sampler ddim only")
     if options.inception_weights is not None and options.metric != "inception":
         raise UserError(f"--inception-weights {options.inception_weights}: goes with --metric inception only")
     if not 0 <= options.seed < 2**64:
@@ -106,6 +109,7 @@ def settle(options: argparse.Namespace) -> Run:
         images=options.images or preset.images,
         sampler=sampler,
         steps=steps,
+        eta=1.0 if sampler == "ddpm" else preset.eta if options.eta is None else options.eta,
         batch_size=options.batch_size or (250 if device.type == "cuda" else 50),
         seed=options.seed,
         device=device.type,
@@ -128,7 +132,7 @@ def settle(options: argparse.Namespace) -> Run:
     )
     print(f"preset {name} ({why}); {device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(
-        f"{sampling.images} images, {sampler} {steps} steps, batch {sampling.batch_size}, {sampling.precision}, "
+        f"{sampling.images} images, {sampling.method}, batch {sampling.batch_size}, {sampling.precision}, "
         f"seed {sampling.seed}; data {run.data}; format {run.fmt}; Fisher timestep {run.fisher_timestep}; {run.out}/"
     )
     if not run.dry_run:

@@ -17,6 +17,7 @@ SETTINGS = (
     "data",
     "sampler",
     "steps",
+    "eta",
     "images",
     "seed",
     "precision",
@@ -61,7 +62,7 @@ def format_table(rows: list[dict]) -> str:
     first = rows[0]
     head = (
         "\nPreset {preset}, baseline {baseline:.8}; {metric}; reference: {data} training digits; {images} images, "
-        "{sampler} {steps} steps, seed {seed}, sampled in {precision} on {device}, batch {batch_size}; "
+        "{sampler} {steps} steps, eta {eta:g}, seed {seed}, sampled in {precision} on {device}, batch {batch_size}; "
         "errors: 1 standard error\n"
     ).format(**first)
     baseline_size = next((row["size_mib"] for row in rows if row["label"].startswith("Baseline")), None)

@@ -23,10 +23,15 @@ class Sampling:
     images: int
     sampler: str
     steps: int
+    eta: float
     batch_size: int
     seed: int
     device: str
     precision: str
+
+    @property
+    def method(self) -> str:
+        return f"{self.sampler} {self.steps} steps" + (f", eta {self.eta:g}" if self.sampler == "ddim" else "")
 
 
 def image_file(folder: Path, sampling: Sampling, weights: str) -> Path:
@@ -62,9 +67,15 @@ def generate(network: nn.Module, weights: str, sampling: Sampling, folder: Path,
             indices = range(start, min(start + sampling.batch_size, sampling.images))
             with autocast(device, sampling.precision):
                 images = sample(
-                    network, schedule, NoiseStreams(sampling.seed, indices), sampling.sampler, sampling.steps, device,
+                    network,
+                    schedule,
+                    NoiseStreams(sampling.seed, indices),
+                    sampling.sampler,
+                    sampling.steps,
+                    sampling.eta,
+                    device,
                     on_step=bar.update,
-                )  # fmt: skip
+                )
             checkpoint.save(part, "images", {"images": to_uint8(images)}, {"start": start})
     images = torch.cat([load_images(parts / f"{start:07d}.safetensors") for start in starts])
     checkpoint.save(path, "images", {"images": images}, {"sampling": asdict(sampling), "weights": weights})

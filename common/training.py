@@ -14,6 +14,7 @@ from common.config import TrainingConfig, UserError
 from common.data import to_model_range
 from common.device import autocast, derive_seed
 from common.diffusion import Schedule, denoising_loss
+from common.muon import Muon
 
 SAVE_SECONDS = 60
 
@@ -22,12 +23,20 @@ class TrainingError(UserError):
     """Training that cannot go on."""
 
 
-def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
+def learning_rate_factor(config: TrainingConfig, step: int) -> float:
+    """Linear warm-up to 1, then half a cosine down to zero."""
     if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+        return (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizers(network: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the weights of hidden layers; Adam for the first and the last layer, biases and norms."""
+    outer = set(network.shallow_conv.parameters()) | set(network.output_conv.parameters())
+    hidden = [p for p in network.parameters() if p.dim() > 1 and p not in outer]
+    others = [p for p in network.parameters() if p.dim() == 1 or p in outer]
+    return [Muon(hidden, lr=config.muon_lr), torch.optim.Adam(others, lr=config.lr, fused=True)]
 
 
 def ema_decay(config: TrainingConfig, step: int) -> float:
@@ -81,7 +90,8 @@ def train(
             module.reset_parameters()
     network.to(device, memory_format=torch.channels_last).train()
     parameters = dict(network.named_parameters())
-    optimizer = torch.optim.Adam(parameters.values(), lr=config.lr, fused=True)
+    optimizers = make_optimizers(network, config)
+    peaks = [optimizer.defaults["lr"] for optimizer in optimizers]
     ema = {name: p.detach().clone() for name, p in parameters.items()}
     losses = torch.zeros(config.steps, device=device)
     run = {
@@ -93,7 +103,7 @@ def train(
 
     steps_done = 0
     if state_path.exists():
-        steps_done = _load_state(state_path, run, parameters, ema, optimizer, losses)
+        steps_done = _load_state(state_path, run, parameters, ema, optimizers, losses)
     images = digits.to(device)
     order = EpochOrder(len(digits), config.batch_size, config.seed)
     saved_at = time.monotonic()
@@ -107,18 +117,18 @@ def train(
         noise = torch.randn_like(x0)
         with autocast(device, precision):
             loss = denoising_loss(network, schedule, x0, t, noise).mean()
-        optimizer.zero_grad(set_to_none=True)
+        network.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters.values(), config.gradient_clip, foreach=True)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        optimizer.step()
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * learning_rate_factor(config, step)
+            optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.values()), list(parameters.values()), 1 - ema_decay(config, step))
         losses[step] = loss.detach()
         if time.monotonic() - saved_at > SAVE_SECONDS or step + 1 == config.steps:
             _require_finite(losses[: step + 1])
-            _save_state(state_path, run, step + 1, parameters, ema, optimizer, losses)
+            _save_state(state_path, run, step + 1, parameters, ema, optimizers, losses)
             saved_at = time.monotonic()
 
     return {name: tensor.cpu().contiguous() for name, tensor in ema.items()}, losses.tolist()
@@ -133,18 +143,18 @@ def _require_finite(losses: torch.Tensor) -> None:
         )
 
 
-def _save_state(path, run, step, parameters, ema, optimizer, losses) -> None:
+def _save_state(path, run, step, parameters, ema, optimizers, losses) -> None:
+    states = {parameter: state for optimizer in optimizers for parameter, state in optimizer.state.items()}
     tensors = {"losses": losses}
     for name, parameter in parameters.items():
-        moments = optimizer.state[parameter]
         tensors[f"weights/{name}"] = parameter
         tensors[f"ema/{name}"] = ema[name]
-        tensors[f"exp_avg/{name}"] = moments["exp_avg"]
-        tensors[f"exp_avg_sq/{name}"] = moments["exp_avg_sq"]
+        for key, value in states[parameter].items():
+            tensors[f"{key}/{name}"] = value
     checkpoint.save(path, "training", tensors, {**run, "step": step})
 
 
-def _load_state(path, run, parameters, ema, optimizer, losses) -> int:
+def _load_state(path, run, parameters, ema, optimizers, losses) -> int:
     """Copies a saved state into place and returns the number of steps done."""
     tensors, metadata = checkpoint.load(path, "training")
     step = metadata.pop("step")
@@ -159,11 +169,13 @@ def _load_state(path, run, parameters, ema, optimizer, losses) -> int:
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"weights/{name}"])
             ema[name].copy_(tensors[f"ema/{name}"])
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(step), device=parameter.device),
-                "exp_avg": torch.empty_like(parameter).copy_(tensors[f"exp_avg/{name}"]),
-                "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"exp_avg_sq/{name}"]),
-            }
+    owner = {p: optimizer for optimizer in optimizers for p in optimizer.param_groups[0]["params"]}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        if kind in ("momentum", "exp_avg", "exp_avg_sq", "step"):
+            parameter = parameters[name]
+            value = torch.empty_like(parameter).copy_(value) if value.dim() else value.to(parameter.device)
+            owner[parameter].state[parameter][kind] = value
     return step
 
 

@@ -31,13 +31,14 @@ def tiny_preset(monkeypatch, tmp_path):
     """Makes `quick` a preset of a few seconds, with its checkpoint and its results in an empty folder."""
     from common import experiment
 
-    training = TrainingConfig(data="mnist5k", batch_size=8, steps=12, lr=1e-3, warmup_steps=4, ema=0.9)
+    training = TrainingConfig(data="mnist5k", batch_size=8, steps=12, lr=1e-3, muon_lr=1e-3, warmup_steps=4, ema=0.9)
     preset = replace(
         PRESETS["quick"],
         network=TINY,
         training=training,
         images=260,
         ddim_steps=2,
+        eta=1.0,
         fisher_digits=4,
         fisher_grid_digits=2,
     )

@@ -79,17 +79,21 @@ def test_every_ddpm_step_equals_diffusers(ddpm, monkeypatch):
     assert clipped > 500  # the chain went through steps where some pixels are clipped and others are not
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("steps", [10, 20, 50, 1000])
-def test_every_ddim_step_equals_diffusers(ddim, steps):
+def test_every_ddim_step_equals_diffusers(ddim, steps, eta):
     schedule, network, ddim = Schedule(), FakeDenoiser(torch.float64), in_float64(ddim)
-    ours = theirs = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    ours = theirs = torch.randn(2, 1, 32, 32, generator=generator, dtype=torch.float64)
     ddim.set_timesteps(steps)
     timesteps = schedule.ddim_timesteps(steps)
     assert timesteps == ddim.timesteps.tolist()
     for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
         eps = network(ours, torch.full((2,), t))
-        theirs = ddim.step(eps, t, theirs, eta=0.0, use_clipped_model_output=True).prev_sample
-        ours = schedule.ddim_step(ours, eps, t, t_next)
+        noise = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
+        result = ddim.step(eps, t, theirs, eta=eta, use_clipped_model_output=True, variance_noise=noise)
+        theirs = result.prev_sample
+        ours = schedule.ddim_step(ours, eps, t, t_next, eta, noise)
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-10), t
 
 
@@ -117,6 +121,30 @@ def test_sample_is_the_chain_of_diffusers_ddim(ddim):
     assert torch.allclose(ours, x, rtol=0, atol=1e-4)
 
 
+def test_sample_is_the_stochastic_chain_of_diffusers_ddim(ddim):
+    network = FakeDenoiser()
+    ours = sample(network, Schedule(), NoiseStreams(3, [4, 9]), "ddim", 20, eta=1.0)
+    ddim.set_timesteps(20)
+    streams = NoiseStreams(3, [4, 9])
+    x = streams.draw()
+    for t in ddim.timesteps.tolist():
+        eps = network(x, torch.full((2,), t))
+        result = ddim.step(eps, t, x, eta=1.0, use_clipped_model_output=True, variance_noise=streams.draw())
+        x = result.prev_sample
+    assert torch.allclose(ours, x, rtol=0, atol=1e-4)
+
+
+def test_ddim_with_eta_one_over_all_steps_is_the_ancestral_sampler():
+    """Song et al. 2021, section 4.1; where nothing is clipped, as here with x_0 well inside."""
+    schedule = Schedule()
+    x, eps, noise = torch.randn(3, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for t in (1, 10, 500, 999):
+        abar = schedule.alphas_cumprod[t]
+        x_t = float(abar) ** 0.5 * x.clamp(-0.9, 0.9) + float(1 - abar) ** 0.5 * eps
+        ours = schedule.ddim_step(x_t, eps, t, t - 1, 1.0, noise)
+        assert torch.allclose(ours, schedule.ddpm_step(x_t, eps, t, noise), rtol=0, atol=1e-9), t
+
+
 def test_a_denoiser_that_knows_the_digit_samples_it():
     """With the exact noise of one digit at every step, both samplers end in that digit."""
     schedule = Schedule()
@@ -126,8 +154,8 @@ def test_a_denoiser_that_knows_the_digit_samples_it():
         abar = float(schedule.alphas_cumprod[int(t[0])])
         return (x - abar**0.5 * digit) / (1 - abar) ** 0.5
 
-    for sampler, steps in (("ddpm", 1000), ("ddim", 7)):
-        images = sample(network, schedule, NoiseStreams(0, range(2)), sampler, steps)
+    for sampler, steps, eta in (("ddpm", 1000, 1.0), ("ddim", 7, 0.0), ("ddim", 7, 1.0)):
+        images = sample(network, schedule, NoiseStreams(0, range(2)), sampler, steps, eta)
         assert torch.allclose(images, digit.expand_as(images), rtol=0, atol=1e-4), sampler
 
 

@@ -168,6 +168,17 @@ def test_ddpm_with_other_steps(refused, script, steps):
     assert f"--steps {steps}" in message and "--sampler ddpm" in message
 
 
+def test_eta_with_ddpm(refused):
+    message = refused("simplediffusion", "--preset", "quick", "--device", "cpu", "--sampler", "ddpm", "--eta", "0.5")
+    assert "--eta 0.5" in message and "--sampler ddim" in message
+
+
+@pytest.mark.parametrize("eta", ["-0.1", "1.5", "nan", "much"])
+def test_eta_outside_its_range(refused, eta):
+    message = refused("simplediffusion", f"--eta={eta}")
+    assert "argument --eta" in message and repr(eta) in message
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("seed", ["-1", "18446744073709551616"])
 def test_seed_outside_its_range(refused, baseline, script, seed):

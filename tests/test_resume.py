@@ -32,6 +32,7 @@ def run_script(folder: str, network, arguments: tuple[str, ...], die_at_write: i
         images=260,
         sampler="ddim",
         ddim_steps=2,
+        eta=1.0,
         fisher_digits=4,
         fisher_grid_digits=1,
     )

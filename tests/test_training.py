@@ -10,10 +10,10 @@ import torch
 from common import checkpoint, training
 from common.checkpoint import CheckpointError
 from common.config import TrainingConfig
-from common.training import EpochOrder, TrainingError, ema_decay, learning_rate, stratified_timesteps, train
+from common.training import EpochOrder, TrainingError, ema_decay, learning_rate_factor, stratified_timesteps, train
 from common.unet import UNet
 
-CONFIG = TrainingConfig(data="mnist5k", batch_size=4, steps=8, lr=1e-3, warmup_steps=2, ema=0.9, seed=3)
+CONFIG = TrainingConfig(data="mnist5k", batch_size=4, steps=8, lr=1e-3, muon_lr=1e-3, warmup_steps=2, ema=0.9, seed=3)
 CPU = torch.device("cpu")
 
 
@@ -37,18 +37,20 @@ def equal(a, b):
 
 
 def test_learning_rate_closed_form():
-    config = replace(CONFIG, steps=110, warmup_steps=10, lr=2.0)
-    assert [learning_rate(config, step) for step in range(10)] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    config = replace(CONFIG, steps=110, warmup_steps=10)
+    factors = [learning_rate_factor(config, step) for step in range(10)]
+    assert factors == pytest.approx([0.1 * (i + 1) for i in range(10)])
     # Half a cosine over the 100 steps that follow.
-    for step, expected in ((10, 2.0), (35, 1 + math.sqrt(0.5)), (60, 1.0), (85, 1 - math.sqrt(0.5)), (110, 0.0)):
-        assert learning_rate(config, step) == pytest.approx(expected, abs=1e-12)
-    rates = [learning_rate(config, step) for step in range(10, 111)]
+    half = math.sqrt(0.5) / 2
+    for step, expected in ((10, 1.0), (35, 0.5 + half), (60, 0.5), (85, 0.5 - half), (110, 0.0)):
+        assert learning_rate_factor(config, step) == pytest.approx(expected, abs=1e-12)
+    rates = [learning_rate_factor(config, step) for step in range(10, 111)]
     assert all(a > b for a, b in pairwise(rates))
 
 
 def test_a_run_that_is_all_warm_up_has_a_learning_rate():
-    config = replace(CONFIG, steps=4, warmup_steps=4, lr=1.0)
-    assert [learning_rate(config, step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    config = replace(CONFIG, steps=4, warmup_steps=4)
+    assert [learning_rate_factor(config, step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
 
 
 def test_ema_ramp_closed_form():
@@ -111,10 +113,10 @@ def test_ema_of_a_run_closed_form(run, tmp_path):
     """From the weights of each step, which runs without averaging give."""
     config = replace(CONFIG, warmup_steps=100, ema=0.0)  # a rate that does not depend on the length of the run
     (start, _), *weights = (
-        run(replace(config, steps=steps, lr=lr), state=tmp_path / f"{steps}-{lr}")
+        run(replace(config, steps=steps, lr=lr, muon_lr=lr), state=tmp_path / f"{steps}-{lr}")
         for steps, lr in ((1, 0.0), (1, 0.1), (2, 0.1), (3, 0.1))
     )
-    averaged, _ = run(replace(config, steps=3, lr=0.1, ema=0.9999), state=tmp_path / "ema")
+    averaged, _ = run(replace(config, steps=3, lr=0.1, muon_lr=0.1, ema=0.9999), state=tmp_path / "ema")
     for name, initial in start.items():
         expected = initial
         for (state, _), decay in zip(weights, (1 / 10, 2 / 11, 3 / 12), strict=True):
@@ -122,13 +124,18 @@ def test_ema_of_a_run_closed_form(run, tmp_path):
         assert torch.allclose(averaged[name], expected, rtol=0, atol=1e-6), name
 
 
-def test_first_step_of_adam_moves_weights_by_the_learning_rate(run, tmp_path):
+def test_first_step_moves_weights_by_the_learning_rates(run, tmp_path):
     config = replace(CONFIG, steps=1, warmup_steps=5, ema=0.0)
-    before, _ = run(replace(config, lr=0.0), state=tmp_path / "before")
-    after, _ = run(replace(config, lr=0.05), state=tmp_path / "after")
-    moved = torch.cat([(after[name] - before[name]).detach().abs().flatten() for name in before])
+    before, _ = run(replace(config, lr=0.0, muon_lr=0.0), state=tmp_path / "before")
+    after, _ = run(replace(config, lr=0.05, muon_lr=0.1), state=tmp_path / "after")
+    by_adam = {name for name in before if before[name].dim() == 1} | {"shallow_conv.weight", "output_conv.weight"}
+    moved = torch.cat([(after[name] - before[name]).abs().flatten() for name in by_adam])
     assert float(moved.max()) == pytest.approx(0.01, rel=1e-3)  # lr / warmup_steps
     assert float(moved.median()) == pytest.approx(0.01, rel=1e-2)
+    for name in before.keys() - by_adam:
+        step = (after[name] - before[name]).flatten(1)
+        scale = 0.02 * max(1, step.shape[0] / step.shape[1]) ** 0.5  # muon_lr / warmup_steps
+        assert 0.6 * scale < torch.linalg.svdvals(step)[0] < 1.3 * scale, name
 
 
 def test_the_average_holds_no_graph(run):
