@@ -4,6 +4,7 @@ Nothing here imports torch, so that --help and errors in options answer at once.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,11 @@ from pathlib import Path
 
 CHANNEL_FACTORS = (1, 2, 4, 8, 8, 6)  # of layers 1 to 6, for the skips to join
 FORMATS = ("fp32", "fp16", "int8", "int7", "int6", "int5", "int4", "int3", "int2")
+
+
+def is_first_process() -> bool:
+    """False in the second and later processes that torchrun starts."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class UserError(ValueError):
@@ -99,7 +105,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n" if is_first_process() else None)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -172,12 +178,16 @@ def script_parser(description: str) -> Parser:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs a script's main; a UserError becomes one line and exit code 1."""
+    """Runs a script's main; a UserError becomes one line and exit code 1.
+
+    Where torchrun started several processes, the first speaks for all.
+    """
+    if not is_first_process():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, until the process ends
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     try:
         main()
-    except UserError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-    except OSError as error:  # a full disk, a folder that vanished: nothing that a traceback explains better
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except (UserError, OSError) as error:  # a full disk, a folder that vanished: no traceback explains it better
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}" if is_first_process() else 1)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues where it stopped")

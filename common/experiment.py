@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import checkpoint, fisher, report
+from common import checkpoint, distributed, fisher, report
 from common.checkpoint import CheckpointError
 from common.config import PRESETS, Preset, TrainingConfig, UserError
 from common.data import load_digits, to_model_range
@@ -79,7 +79,7 @@ def settle(options: argparse.Namespace) -> Run:
     Raises UserError naming the option, its value and the remedy.
     """
     set_true_fp32()
-    device = choose_device(options.device)
+    device = distributed.start(choose_device(options.device))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     name, why = options.preset, "--preset"
@@ -130,7 +130,9 @@ def settle(options: argparse.Namespace) -> Run:
         out=options.out or Path("results") / name,
         dry_run=options.dry_run,
     )
-    print(f"preset {name} ({why}); {device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    threads, processes = torch.get_num_threads(), distributed.processes()
+    workers = f"{threads} threads" if processes == 1 else f"{processes} processes of {threads} threads"
+    print(f"preset {name} ({why}); {device.type}, {workers}, torch {torch.__version__}")
     print(
         f"{sampling.images} images, {sampling.method}, batch {sampling.batch_size}, {sampling.precision}, "
         f"seed {sampling.seed}; data {run.data}; format {run.fmt}; Fisher timestep {run.fisher_timestep}; {run.out}/"
@@ -182,7 +184,7 @@ def cost_estimate(run: Run) -> str:
             if run.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-        return min(times) / batch
+        return min(times) / batch / distributed.processes()
 
     def forward():
         with torch.inference_mode(), autocast(run.device, run.sampling.precision):
@@ -235,8 +237,9 @@ def train_baseline(run: Run) -> Model:
         "loss_curve": [round(loss, 6) for loss in curve],
     }
     model = full_precision(run.preset.network, state, about)
-    save_model(run.checkpoint, model)
-    checkpoint.remove(state_path)
+    if distributed.rank() == 0:
+        save_model(run.checkpoint, model)
+        checkpoint.remove(state_path)
     print(f"trained: last loss {curve[-1]:.4f}; {run.checkpoint}")
     return model
 
@@ -293,7 +296,7 @@ def fisher_table(run: Run, model: Model) -> fisher.FisherTable:
     }
     weights = model.sha256
     path = run.out / f"fisher-{weights[:12]}.safetensors"
-    if path.exists():
+    if distributed.agree(path.exists()):
         table = fisher.load(path, weights)
         if table.settings == settings:
             return table
@@ -312,7 +315,8 @@ def fisher_table(run: Run, model: Model) -> fisher.FisherTable:
         return denoising_loss(call, schedule, x0, t, noise)
 
     table = fisher.measure(network, loss, batches, weights, settings)
-    fisher.save(path, table)
+    if distributed.rank() == 0:
+        fisher.save(path, table)
     return table
 
 
@@ -458,10 +462,13 @@ def print_rows(run: Run, bench: Bench, baseline: Model | None, baseline_path: Pa
         rows.append(make_row(run, bench, baseline, baseline_measured, None) | {"file": str(baseline_path)})
     for model in models:
         path = packed_file(run, model)
-        save_model(path, model)
+        if distributed.rank() == 0:
+            save_model(path, model)
+        distributed.wait()
         row = make_row(run, bench, model, measure(run, bench, model), baseline_measured)
         rows.append(row | {"file": str(path), "file_mib": path.stat().st_size / MIB})
-    report.add_rows(run.out / "results.jsonl", rows)
+    if distributed.rank() == 0:
+        report.add_rows(run.out / "results.jsonl", rows)
     print(report.format_table(rows))
     print(report.format_kept(rows))
     print(f"rows: {run.out / 'results.jsonl'}; packed models: {run.out / 'models'}/; figures: python -m common.report")
@@ -479,7 +486,7 @@ def run_baseline(options: argparse.Namespace, retrain: bool) -> None:
     if run.dry_run:
         print_sizes(run)
         return
-    missing = not run.checkpoint.exists()
+    missing = distributed.agree(not run.checkpoint.exists())
     if missing and options.checkpoint is not None and not retrain:
         load_checkpoint(run)  # raises: a file that was named is not made by guessing
     if missing or retrain:

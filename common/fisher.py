@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import checkpoint
+from common import checkpoint, distributed
 from common.config import UserError
 from common.gradients import SampleLoss, squared_gradients
 
@@ -18,19 +18,21 @@ def fisher_information(
     """Per parameter: the mean over entries and samples of the squared gradient, and its standard error over samples.
 
     This is the diagonal of the empirical Fisher information, averaged over the entries of a tensor. The network's mode
-    is left alone: put it in evaluation mode first. Memory grows with `chunk` samples, not with their number.
+    is left alone: put it in evaluation mode first. Memory grows with `chunk` samples, not with their number. Several
+    processes share the chunks.
     """
     total = len(samples[0])
-    sums = {name: torch.zeros(2, dtype=torch.float64) for name, _ in network.named_parameters()}
-    for start in range(0, total, chunk):
+    starts = range(0, total, chunk)
+    sums = []  # (parameters, 2) of each chunk
+    for start in distributed.share(starts):
         batch = tuple(s[start : start + chunk] for s in samples)
-        for name, values in squared_gradients(network, loss, batch).items():
-            values = values.double()
-            sums[name] += torch.stack([values.sum(), values.square().sum()]).cpu()
+        values = torch.stack([v.double() for v in squared_gradients(network, loss, batch).values()])
+        sums.append(torch.stack([values.sum(1), values.square().sum(1)], dim=1).cpu())
         on_chunk(len(batch[0]))
-    mean = {name: float(s[0]) / total for name, s in sums.items()}
-    variance = {name: max(0.0, float(s[1]) / total - mean[name] ** 2) for name, s in sums.items()}
-    return mean, {name: (v / max(1, total - 1)) ** 0.5 for name, v in variance.items()}
+    first, second = (torch.stack(distributed.gather(sums, len(starts))).sum(0) / total).unbind(1)
+    error = ((second - first**2).clamp(min=0) / max(1, total - 1)).sqrt()
+    names = [name for name, _ in network.named_parameters()]
+    return dict(zip(names, first.tolist(), strict=True)), dict(zip(names, error.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,10 @@ def measure(
     """Fisher values at each timestep of `batches`, {timestep: samples for `loss`}; shows a progress bar."""
     names = [name for name, _ in network.named_parameters()]
     values, errors = [], []
+    everyone = distributed.processes()
     with tqdm(total=sum(len(b[0]) for b in batches.values()), desc="Fisher", unit="digit") as bar:
         for samples in batches.values():
-            mean, error = fisher_information(network, loss, samples, on_chunk=bar.update)
+            mean, error = fisher_information(network, loss, samples, on_chunk=lambda n: bar.update(n * everyone))
             values.append([mean[name] for name in names])
             errors.append([error[name] for name in names])
     values, errors = torch.tensor(values, dtype=torch.float64), torch.tensor(errors, dtype=torch.float64)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import checkpoint
+from common import checkpoint, distributed
 from common.config import Parser, UserError, run_main
 
 CHUNK = 500
@@ -144,14 +144,16 @@ def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def extract(images: torch.Tensor, network: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, D) and class probabilities (N, K) of uint8 images (N, 32, 32)."""
+    """Features (N, D) and class probabilities (N, K) of uint8 images (N, 32, 32); several processes share the work."""
     chunk = CHUNK if network.name == "mnist" else 50
-    features, probabilities = [], []
+    parts, results = images.split(chunk), []
     with torch.inference_mode():
-        for part in tqdm(images.split(chunk), desc="features", unit="batch", disable=len(images) < 20 * chunk):
-            f, p = network.extract(part)
-            features.append(f.numpy())
-            probabilities.append(p.numpy())
+        mine = distributed.share(parts)
+        for part in tqdm(
+            mine, desc="features", unit="batch", disable=len(images) < 20 * chunk or distributed.rank() > 0
+        ):
+            results.append(tuple(result.numpy() for result in network.extract(part)))
+    features, probabilities = zip(*distributed.gather(results, len(parts)), strict=True)
     return np.concatenate(features), np.concatenate(probabilities)
 
 
@@ -169,11 +171,11 @@ def load_reference(digits: torch.Tensor, network: nn.Module, cache: Path | None)
     """Statistics of uint8 digits (N, 32, 32), kept in the folder `cache` under everything that they depend on."""
     key = checkpoint.hash_tensors({"digits": digits})[:12] + "-" + network.sha256[:12]
     path = cache / f"{network.name}-{key}.safetensors" if cache else None
-    if path and path.exists():
+    if path and distributed.agree(path.exists()):
         tensors, metadata = checkpoint.load(path, "reference")
         return Reference(**{k: v.numpy() for k, v in tensors.items()}, **metadata)
     reference = make_reference(extract(digits, network)[0])
-    if path:
+    if path and distributed.rank() == 0:
         arrays = {k: torch.from_numpy(v) for k, v in vars(reference).items() if isinstance(v, np.ndarray)}
         checkpoint.save(path, "reference", arrays, {"kernel_mean": reference.kernel_mean})
     return reference

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import checkpoint
+from common import checkpoint, distributed
 from common.data import to_uint8
 from common.device import autocast
 from common.diffusion import NoiseStreams, Schedule, sample
@@ -48,18 +48,19 @@ def load_images(path: Path) -> torch.Tensor:
 def generate(network: nn.Module, weights: str, sampling: Sampling, folder: Path, label: str) -> torch.Tensor:
     """uint8 (N, 32, 32): images of `network` in evaluation mode, whose weights have the hash `weights`.
 
-    Finished batches are read back from `folder`.
+    Finished batches are read back from `folder`. Several processes share the batches, and the folder.
     """
     path = image_file(folder, sampling, weights)
-    if path.exists():
+    if distributed.agree(path.exists()):
         return load_images(path)
     device = torch.device(sampling.device)
     network = network.to(device, memory_format=torch.channels_last).eval()
     schedule = Schedule(network.config.timesteps)
     starts = range(0, sampling.images, sampling.batch_size)
     parts = path.with_suffix(".parts")
-    with tqdm(total=len(starts) * sampling.steps, desc=label, unit="step") as bar:
-        for start in starts:
+    mine = distributed.share(starts)
+    with tqdm(total=len(mine) * sampling.steps, desc=label, unit="step") as bar:
+        for start in mine:
             part = parts / f"{start:07d}.safetensors"
             if part.exists():
                 bar.update(sampling.steps)
@@ -77,7 +78,12 @@ def generate(network: nn.Module, weights: str, sampling: Sampling, folder: Path,
                     on_step=bar.update,
                 )
             checkpoint.save(part, "images", {"images": to_uint8(images)}, {"start": start})
+    distributed.wait()
+    if distributed.rank() > 0:
+        distributed.wait()
+        return load_images(path)
     images = torch.cat([load_images(parts / f"{start:07d}.safetensors") for start in starts])
     checkpoint.save(path, "images", {"images": images}, {"sampling": asdict(sampling), "weights": weights})
     shutil.rmtree(parts)
+    distributed.wait()
     return images

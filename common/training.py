@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import checkpoint
+from common import checkpoint, distributed
 from common.config import TrainingConfig, UserError
 from common.data import to_model_range
 from common.device import autocast, derive_seed
@@ -80,9 +80,14 @@ def train(
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Trains `network` on `digits` (uint8, (N, 32, 32)); returns the EMA weights and the loss of each step.
 
-    Continues from `state_path` where it exists, and writes it about once a minute. Raises TrainingError when a loss is
-    not finite or the state belongs to another run; CheckpointError when its file is damaged.
+    Continues from `state_path` where it exists, and writes it about once a minute. Several processes share each batch.
+    Raises TrainingError when a loss is not finite, the state belongs to another run or the batch cannot be shared;
+    CheckpointError when the file of the state is damaged.
     """
+    processes, rank = distributed.processes(), distributed.rank()
+    if config.batch_size % processes:
+        raise TrainingError(f"a batch of {config.batch_size} digits cannot be shared by {processes} processes evenly")
+    mine = slice(rank * config.batch_size // processes, (rank + 1) * config.batch_size // processes)
     schedule = Schedule(network.config.timesteps)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     for module in network.modules():
@@ -102,8 +107,9 @@ def train(
     }
 
     steps_done = 0
-    if state_path.exists():
+    if distributed.agree(state_path.exists()):
         steps_done = _load_state(state_path, run, parameters, ema, optimizers, losses)
+    replica = distributed.replicate(network)
     images = digits.to(device)
     order = EpochOrder(len(digits), config.batch_size, config.seed)
     saved_at = time.monotonic()
@@ -115,8 +121,10 @@ def train(
         x0 = to_model_range(images[order.indices(step).to(device)]).contiguous(memory_format=torch.channels_last)
         t = stratified_timesteps(len(x0), schedule.timesteps, device)
         noise = torch.randn_like(x0)
+        if processes > 1:  # what was drawn until here is of the whole batch; dropout is each process's own
+            torch.manual_seed(derive_seed(config.seed, "dropout", step, rank))
         with autocast(device, precision):
-            loss = denoising_loss(network, schedule, x0, t, noise).mean()
+            loss = denoising_loss(replica, schedule, x0[mine], t[mine], noise[mine]).mean()
         network.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters.values(), config.gradient_clip, foreach=True)
@@ -125,8 +133,8 @@ def train(
             optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.values()), list(parameters.values()), 1 - ema_decay(config, step))
-        losses[step] = loss.detach()
-        if time.monotonic() - saved_at > SAVE_SECONDS or step + 1 == config.steps:
+        losses[step] = distributed.mean(loss.detach())
+        if rank == 0 and (time.monotonic() - saved_at > SAVE_SECONDS or step + 1 == config.steps):
             _require_finite(losses[: step + 1])
             _save_state(state_path, run, step + 1, parameters, ema, optimizers, losses)
             saved_at = time.monotonic()

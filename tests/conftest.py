@@ -46,3 +46,23 @@ def tiny_preset(monkeypatch, tmp_path):
     monkeypatch.setattr(experiment, "CHECKPOINTS", tmp_path / "checkpoints")
     monkeypatch.chdir(tmp_path)
     return preset
+
+
+@pytest.fixture
+def start(tiny_config):
+    """Starts simplediffusion.py in a folder and returns its process; ends what a failed test left running."""
+    from tiny_runs import PROCESSES, run_script
+
+    processes = []
+
+    def start(folder, *arguments, die_at_write=None, environment=None):
+        run = (str(folder), tiny_config, arguments, die_at_write, environment or {})
+        process = PROCESSES.Process(target=run_script, args=run)
+        process.start()
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()

@@ -1,96 +1,11 @@
 """Training and sampling killed with SIGKILL and started again end in the bytes and the table of a run that was not."""
 
-import contextlib
-import multiprocessing
-import os
 import signal
-import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-# New processes come from a server that has torch loaded and has run nothing, so that starting one takes no time.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch", "torch._dynamo", "torch._refs", "common.experiment"])
-
-STEPS = 12
-
-
-def run_script(folder: str, network, arguments: tuple[str, ...], die_at_write: int | None) -> None:
-    """simplediffusion.py in `folder`, on a preset of a few seconds; killed in the middle of its n-th write."""
-    import simplediffusion
-    from common import checkpoint, experiment, training
-    from common.config import PRESETS, run_main
-
-    os.chdir(folder)
-    PRESETS["quick"] = replace(
-        PRESETS["quick"],
-        network=network,
-        training=replace(PRESETS["quick"].training, batch_size=4, steps=STEPS, warmup_steps=4),
-        images=260,
-        sampler="ddim",
-        ddim_steps=2,
-        eta=1.0,
-        fisher_digits=4,
-        fisher_grid_digits=1,
-    )
-    experiment.CHECKPOINTS = Path("checkpoints")
-    load_digits = experiment.load_digits
-    experiment.load_digits = lambda *which: load_digits(*which)[:500]  # so that their features take no time
-    training.SAVE_SECONDS = -1  # after every step
-    writes, fsync = [], os.fsync
-
-    def dying_fsync(descriptor):
-        writes.append(descriptor)
-        if len(writes) == die_at_write:
-            os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-        fsync(descriptor)
-
-    checkpoint.os.fsync = dying_fsync
-    sys.argv = ["simplediffusion.py", "--preset", "quick", "--device", "cpu", "--batch-size", "100", *arguments]
-    with (
-        open("stdout.txt", "w") as out,
-        open("stderr.txt", "w") as err,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        run_main(simplediffusion.main)
-
-
-@pytest.fixture
-def start(tiny_config):
-    """Starts the script in a folder and returns its process; ends what a failed test left running."""
-    processes = []
-
-    def start(folder, *arguments, die_at_write=None):
-        process = PROCESSES.Process(target=run_script, args=(str(folder), tiny_config, arguments, die_at_write))
-        process.start()
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.join()
-
-
-def finish(process, folder):
-    process.join(120)
-    assert process.exitcode == 0, (folder / "stderr.txt").read_text()
-
-
-def files(folder) -> dict[str, bytes]:
-    """What a run is for: checkpoint, images, Fisher values, packed models, rows."""
-    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return {str(name): (folder / name).read_bytes() for name in names if name.parts[0] in ("checkpoints", "results")}
-
-
-def table(folder) -> str:
-    printed = (folder / "stdout.txt").read_text()
-    return printed[printed.index("\nPreset quick") :]
+from tiny_runs import STEPS, files, finish, table
 
 
 @pytest.fixture(scope="module")

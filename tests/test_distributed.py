@@ -1,0 +1,144 @@
+"""Two processes, as torchrun starts them, make the images and the rows of one."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_runs import files, finish, table
+
+from common import distributed
+from common.sampling import Sampling, generate
+
+
+@pytest.fixture
+def start_two(start):
+    """Starts the script in two processes that share a folder."""
+
+    def start_two(folder, *arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {
+            "TORCHELASTIC_RUN_ID": "test",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        return [
+            start(folder, *arguments, environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(2)
+        ]
+
+    return start_two
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole")
+
+
+@pytest.fixture
+def two(whole, start_two):
+    """The folder of a training by two processes that nothing stopped; made once."""
+    if not any(whole.iterdir()):
+        for process in start_two(whole):
+            finish(process, whole)
+    return whole
+
+
+def test_two_processes_print_and_write_as_one(two, start, start_two, tmp_path):
+    """On the same baseline: images, Fisher values, packed files and rows, byte for byte."""
+    one = tmp_path / "one"
+    (one / "checkpoints").mkdir(parents=True)
+    shutil.copy(two / "checkpoints" / "quick.safetensors", one / "checkpoints")
+    finish(start(one), one)
+    assert files(one) == files(two)
+    assert table(one) == table(two)
+    assert (two / "stdout1.txt").read_text() == ""
+
+
+def test_training_by_two_is_the_training_of_one_up_to_rounding(two, start, tmp_path):
+    finish(start(tmp_path), tmp_path)
+    of_two, of_one = (
+        next(json.loads(line)["fid"] for line in rows.read_text().splitlines() if "Baseline" in line)
+        for rows in (folder / "results" / "quick" / "results.jsonl" for folder in (two, tmp_path))
+    )
+    assert of_two == pytest.approx(of_one, rel=1e-2)
+
+
+def test_two_killed_in_training_resume(two, start_two, tmp_path):
+    """One of the two is killed; torchrun then ends the other; the same command ends in the same bytes."""
+    state = tmp_path / "checkpoints" / "quick.training.safetensors"
+    processes = start_two(tmp_path)
+    limit = time.monotonic() + 120
+    while not state.exists():
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+    for process in reversed(processes):
+        process.kill()
+        process.join()
+    assert processes[1].exitcode == -signal.SIGKILL
+    assert not (tmp_path / "checkpoints" / "quick.safetensors").exists()
+    for process in start_two(tmp_path):
+        finish(process, tmp_path)
+    left = {name for name in files(tmp_path) if Path(name).name.startswith(".")}
+    assert {name: content for name, content in files(tmp_path).items() if name not in left} == files(two)
+
+
+def test_each_process_samples_its_share_alone(monkeypatch, tiny_network, tmp_path):
+    class AllSampled(Exception):
+        pass
+
+    def stop():
+        raise AllSampled
+
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    monkeypatch.setattr(distributed, "agree", lambda value: value)
+    monkeypatch.setattr(distributed, "wait", stop)
+    sampling = Sampling(
+        images=10, sampler="ddim", steps=1, eta=0.0, batch_size=2, seed=0, device="cpu", precision="fp32"
+    )
+    with pytest.raises(AllSampled):
+        generate(tiny_network, "weights", sampling, tmp_path, "label")
+    assert sorted(path.name for path in tmp_path.rglob("*.safetensors")) == [
+        "0000002.safetensors",
+        "0000006.safetensors",
+    ]
+
+
+def test_torchrun_starts_a_script():
+    """The launcher itself, with what takes no time; one process speaks for both."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "simplediffusion.py"]
+    arguments = ["--preset", "quick", "--device", "cpu", "--dry-run"]
+    result = subprocess.run(
+        [sys.executable, *command, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("2,203,") == 1
+    assert "2 processes of" in result.stdout
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_shares_put_together_are_the_whole(monkeypatch, processes):
+    """`gather` undoes `share`, however the items divide."""
+    for total in (1, 2, 5, 6):
+        parts = []
+        for rank in range(processes):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(distributed, "processes", lambda: processes)
+            parts.append(distributed.share(list(range(total))))
+        monkeypatch.setattr(
+            distributed.dist, "all_gather_object", lambda box, _, parts=parts: box.__setitem__(slice(None), parts)
+        )
+        assert distributed.gather(parts[0], total) == list(range(total))
