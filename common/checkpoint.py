@@ -52,13 +52,18 @@ def remove(path: Path) -> None:
 
 
 def save(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
-    """Writes a sealed file of `kind` ("model", "training", "fisher", ...). The same content gives the same bytes."""
+    """Writes a sealed file of `kind` ("model", "training", "fisher", ...)."""
+    write_atomically(path, seal(kind, tensors, metadata))
+
+
+def seal(kind: str, tensors: dict[str, torch.Tensor], metadata: dict) -> bytes:
+    """The bytes of a sealed file; the same for the same content."""
     # One metadata entry: safetensors does not keep the order of several.
     header = json.dumps({"kind": kind, "sha256": _UNSEALED.decode(), **metadata}, sort_keys=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = safetensors_save(tensors, {_KEY: header})
     digest = hashlib.sha256(content).hexdigest().encode()
-    write_atomically(path, _SEAL.sub(lambda match: match[0].replace(_UNSEALED, digest), content, count=1))
+    return _SEAL.sub(lambda match: match[0].replace(_UNSEALED, digest), content, count=1)
 
 
 def load(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:

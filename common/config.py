@@ -154,7 +154,10 @@ def script_parser(description: str) -> Parser:
         "--format", choices=FORMATS[1:], default="fp16", help="what a tensor below its threshold becomes"
     )
     quantization.add_argument(
-        "--fisher-timestep", choices=("1", "all"), default="1", help="Fisher values of timestep 1, or the mean over all"
+        "--fisher-timestep",
+        choices=("1", "all", "image"),
+        default="1",
+        help="Fisher values of timestep 1, their mean over all, or that weighted by what an error does to the image",
     )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--images", type=positive_int, metavar="N", help="of each model; default: the preset's")

@@ -51,6 +51,15 @@ class Schedule:
         x_next = float(np.sqrt(abar_next)) * x0 + float(np.sqrt(1 - abar_next - variance)) * own_noise
         return x_next + float(np.sqrt(variance)) * noise
 
+    def image_weights(self, timesteps: list[int]) -> list[float]:
+        """How much a squared error of the predicted noise at each timestep weighs in the finished image.
+
+        abar (1 - abar): an error e moves the predicted x_0 by s e, with s^2 = (1 - abar) / abar, and of that the later
+        steps keep the share of the signal in x_t, 1 / (1 + s^2) = abar in amplitude; s^2 abar^2 is the weight.
+        """
+        abar = self.alphas_cumprod[timesteps]
+        return (abar * (1 - abar)).tolist()
+
     def ddim_timesteps(self, steps: int) -> list[int]:
         """`steps` timesteps from T-1 down, evenly spaced ("trailing", Lin et al. 2024, table 2)."""
         return [round(self.timesteps - i * self.timesteps / steps) - 1 for i in range(steps)]

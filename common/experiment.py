@@ -123,7 +123,7 @@ def settle(options: argparse.Namespace) -> Run:
         data=options.data or preset.training.data,
         data_dir=options.data_dir,
         fmt=options.format,
-        fisher_timestep="all" if options.fisher_timestep == "all" else int(options.fisher_timestep),
+        fisher_timestep=int(options.fisher_timestep) if options.fisher_timestep == "1" else options.fisher_timestep,
         sampling=sampling,
         metric=options.metric,
         inception_weights=options.inception_weights,
@@ -314,7 +314,7 @@ def fisher_table(run: Run, model: Model) -> fisher.FisherTable:
     def loss(call, x0, t, noise):
         return denoising_loss(call, schedule, x0, t, noise)
 
-    table = fisher.measure(network, loss, batches, weights, settings)
+    table = fisher.measure(network, loss, batches, weights, settings, schedule.image_weights(grid))
     if distributed.rank() == 0:
         fisher.save(path, table)
     return table
@@ -417,7 +417,8 @@ def real_row(run: Run, bench: Bench, baseline: str | None) -> dict:
 
 def about_row(run: Run, baseline: Model, strategy: str, setting: str, published: tuple | None) -> dict:
     """What a quantized model says of itself."""
-    notes = [run.fmt.upper()] + (["Fisher over all timesteps"] if run.fisher_timestep == "all" and setting else [])
+    which = {"all": "Fisher over all timesteps", "image": "Fisher by weight in the image"}.get(run.fisher_timestep)
+    notes = [run.fmt.upper()] + ([which] if which and setting else [])
     return {
         "label": f"{strategy} {setting}".rstrip() + f" ({', '.join(notes)})",
         "strategy": strategy,
@@ -436,18 +437,28 @@ def uniform(run: Run, baseline: Model) -> Model:
 
 def run_strategy(options: argparse.Namespace, choices: list[Choice]) -> None:
     """What a strategy script does: baseline and uniform rows, then one row for each choice."""
+
+    def build(run: Run, baseline: Model) -> list[Model]:
+        table = fisher_table(run, baseline)
+        values = table.at(run.fisher_timestep, layer_weights(table.names))
+        models = []
+        for choice in choices:
+            about = about_row(run, baseline, choice.strategy, choice.setting, choice.published)
+            models.append(baseline.quantize(choice.rule(values), run.fmt, about))
+        return models
+
+    run_models(options, build)
+
+
+def run_models(options: argparse.Namespace, build: Callable[[Run, Model], list[Model]]) -> None:
+    """Baseline and uniform rows, then one row for each model that `build` makes of the baseline."""
     run = settle(options)
     if run.dry_run:
         print_sizes(run)
         return
     baseline = load_baseline(run)
     bench = make_bench(run)
-    table = fisher_table(run, baseline)
-    values = table.at(run.fisher_timestep, layer_weights(table.names))
-    models = [uniform(run, baseline)]
-    for choice in choices:
-        about = about_row(run, baseline, choice.strategy, choice.setting, choice.published)
-        models.append(baseline.quantize(choice.rule(values), run.fmt, about))
+    models = [uniform(run, baseline), *build(run, baseline)]
     print_rows(run, bench, baseline, run.checkpoint, models)
 
 

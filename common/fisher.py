@@ -39,7 +39,8 @@ def fisher_information(
 class FisherTable:
     """Fisher values of one network's parameters over timesteps.
 
-    values, errors: float64 (timesteps, parameters), not normalised; `weights`: the hash of the weights they belong to.
+    values, errors: float64 (timesteps, parameters), not normalised; `weights`: the hash of the weights they belong to;
+    `image_weights`: how much each timestep after the first weighs in the finished image.
     """
 
     names: list[str]
@@ -49,15 +50,23 @@ class FisherTable:
     samples: list[int]
     settings: dict
     weights: str
+    image_weights: list[float]
 
-    def over_grid(self) -> torch.Tensor:
-        """Mean over the grid of timesteps, (parameters,); the first timestep is there for the published rules."""
-        return self.values[1:].mean(0)
+    def estimates(self, timestep: int | str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(parameters,) values and standard errors at a timestep, or their mean over the grid: "all" weighs its
+        timesteps alike, "image" by `image_weights`. The first timestep is there for the published rules, not a part of
+        the grid."""
+        if timestep not in ("all", "image"):
+            row = self.timesteps.index(timestep)
+            return self.values[row], self.errors[row]
+        weights = torch.ones(len(self.values) - 1) if timestep == "all" else torch.tensor(self.image_weights)
+        weights = (weights.double() / weights.sum())[:, None]
+        return (weights * self.values[1:]).sum(0), (weights * self.errors[1:]).square().sum(0).sqrt()
 
     def at(self, timestep: int | str, names: list[str]) -> dict[str, float]:
-        """Values of `names` at a timestep, or "all" (the mean over the grid), divided by the largest of them."""
-        row = self.over_grid() if timestep == "all" else self.values[self.timesteps.index(timestep)]
-        chosen = {name: float(row[self.names.index(name)]) for name in names}
+        """The `estimates` of `names`, divided by the largest of them."""
+        values, _ = self.estimates(timestep)
+        chosen = {name: float(values[self.names.index(name)]) for name in names}
         largest = max(chosen.values())
         return {name: value / largest for name, value in chosen.items()}
 
@@ -68,6 +77,7 @@ def measure(
     batches: dict[int, tuple[torch.Tensor, ...]],
     weights: str,
     settings: dict,
+    image_weights: list[float],
 ) -> FisherTable:
     """Fisher values at each timestep of `batches`, {timestep: samples for `loss`}; shows a progress bar."""
     names = [name for name, _ in network.named_parameters()]
@@ -79,7 +89,8 @@ def measure(
             values.append([mean[name] for name in names])
             errors.append([error[name] for name in names])
     values, errors = torch.tensor(values, dtype=torch.float64), torch.tensor(errors, dtype=torch.float64)
-    return FisherTable(names, list(batches), values, errors, [len(b[0]) for b in batches.values()], settings, weights)
+    samples = [len(b[0]) for b in batches.values()]
+    return FisherTable(names, list(batches), values, errors, samples, settings, weights, image_weights)
 
 
 def save(path: Path, table: FisherTable) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common import checkpoint
+from common import checkpoint, entropy
 from common.checkpoint import CheckpointError
 from common.config import UNetConfig
 from common.data import DATA_RANGE
@@ -30,6 +30,8 @@ class Model:
     @cached_property
     def state(self) -> dict[str, torch.Tensor]:
         """The FP32 values that are sampled from: what the stored tensors unpack to."""
+        if self.is_entropy_coded:
+            return entropy.decode(self.stored, {name: s for name, (s, _) in tensor_shapes(self.config).items()})
         return {
             name: unpack(_parts(self.stored, name), self.formats[name], shape, axis)
             for name, (shape, axis) in tensor_shapes(self.config).items()
@@ -44,6 +46,11 @@ class Model:
     def is_baseline(self) -> bool:
         """Whether strategies may start from it: not the result of one, and all FP32."""
         return "strategy" not in self.about and set(self.formats.values()) == {"fp32"}
+
+    @property
+    def is_entropy_coded(self) -> bool:
+        """Whether all tensors are coded together (`common.entropy`)."""
+        return set(self.formats.values()) == {"entropy"}
 
     def network(self) -> UNet:
         """The network with these weights, in evaluation mode."""
@@ -88,21 +95,32 @@ def size_mib(config: UNetConfig, formats: dict[str, str]) -> float:
 
 def save_model(path: str | Path, model: Model) -> None:
     """Writes the packed model: each tensor in its format, and all that sampling needs."""
-    metadata = {
+    checkpoint.save(path, "model", model.stored, _metadata(model))
+
+
+def file_bytes(model: Model) -> int:
+    """Bytes of the file that `save_model` writes."""
+    return len(checkpoint.seal("model", model.stored, _metadata(model)))
+
+
+def _metadata(model: Model) -> dict:
+    return {
         "architecture": asdict(model.config),
-        "formats": model.formats,
+        "formats": "entropy" if model.is_entropy_coded else model.formats,  # names cost bytes
         "data_range": DATA_RANGE,
         "weights_sha256": model.sha256,
         "about": model.about,
     }
-    checkpoint.save(path, "model", model.stored, metadata)
 
 
 def load_model(path: str | Path) -> Model:
     """Reads what `save_model` wrote. Raises FileNotFoundError, or CheckpointError for any other file."""
     stored, metadata = checkpoint.load(path, "model")
     config = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in metadata["architecture"].items()})
-    model = Model(config, stored, metadata["formats"], metadata["about"])
+    formats = metadata["formats"]
+    if formats == "entropy":
+        formats = dict.fromkeys(tensor_shapes(config), "entropy")
+    model = Model(config, stored, formats, metadata["about"])
     if model.sha256 != metadata["weights_sha256"]:
         raise CheckpointError(f"{path}: the unpacked weights do not fit their hash; make it anew")
     return model

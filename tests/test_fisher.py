@@ -251,6 +251,7 @@ def small_table(weights="a" * 64):
         samples=[4, 2, 2],
         settings={"data": "mnist5k", "grid": [25, 75]},
         weights=weights,
+        image_weights=[3.0, 1.0],
     )
 
 
@@ -266,12 +267,20 @@ def test_table_at_all_is_the_mean_over_the_grid():
     assert small_table().at("all", ["a", "b"]) == {"a": 0.4, "b": 1.0}
 
 
+def test_table_by_weight_in_the_image():
+    # 3 parts of timestep 25 and 1 of timestep 75.
+    table = small_table()
+    values, errors = table.estimates("image")
+    assert torch.allclose(values, (3 * table.values[1] + table.values[2]) / 4)
+    assert torch.allclose(errors, torch.full((3,), 0.5 * 10**0.5 / 4, dtype=torch.float64))
+
+
 def test_table_round_trip(tmp_path):
     table = small_table()
     fisher.save(tmp_path / "f.safetensors", table)
     loaded = fisher.load(tmp_path / "f.safetensors", table.weights)
     assert torch.equal(loaded.values, table.values) and torch.equal(loaded.errors, table.errors)
-    for field in ("names", "timesteps", "samples", "settings", "weights"):
+    for field in ("names", "timesteps", "samples", "settings", "weights", "image_weights"):
         assert getattr(loaded, field) == getattr(table, field)
 
 
@@ -285,7 +294,7 @@ def test_table_of_other_weights_is_refused(tmp_path):
 
 def test_measure_fills_a_row_for_each_timestep():
     network, (x, y) = regression(12)
-    table = fisher.measure(network, squared_loss, {1: (x[:5], y[:5]), 25: (x, y)}, "w" * 64, {})
+    table = fisher.measure(network, squared_loss, {1: (x[:5], y[:5]), 25: (x, y)}, "w" * 64, {}, [1.0])
     assert (table.names, table.timesteps, table.samples) == (["weight", "bias"], [1, 25], [5, 12])
     for row, n in enumerate((5, 12)):
         mean, error = fisher_information(network, squared_loss, (x[:n], y[:n]))

@@ -1,0 +1,167 @@
+"""Entropy-coded weights: uniform steps, one for each tensor, and codes stored at close to their entropy.
+
+A code of magnitude 16 or more is a symbol, its leading bits, and a remainder that is stored as it is; so the tables of
+frequencies stay small at any step. Symbols are coded by asymmetric numeral systems (Duda 2013), from the package
+constriction. 1-D tensors, too small for a table each, share one.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import constriction
+import numpy as np
+import torch
+
+DIRECT = 16  # magnitudes below it are symbols of their own
+LARGEST_CODE = 2**24 - 1  # of the integers that float32 holds exactly
+# Steps proportional to 1 / sqrt(F) spend squared error F step^2 / 12 for entropy -log2(step); this is the price of a
+# bit in units of F step^2 at which both move together.
+PRICE_OF_A_BIT = np.log(2) / 6
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors whose codes share a table: their names and numbers of entries."""
+
+    names: list[str]
+    sizes: list[int]
+
+
+def groups_of(shapes: dict[str, torch.Size]) -> list[Group]:
+    """One group for each tensor of two dimensions or more, and one for all others."""
+    alone = [Group([name], [shape.numel()]) for name, shape in shapes.items() if len(shape) > 1]
+    small = [name for name, shape in shapes.items() if len(shape) < 2]
+    return alone + ([Group(small, [shapes[name].numel() for name in small])] if small else [])
+
+
+def encode(weights: dict[str, torch.Tensor], steps: dict[str, float]) -> dict[str, torch.Tensor]:
+    """What a file stores of FP32 `weights`, each rounded to multiples of its step.
+
+    Where the next code toward zero is so much shorter that it pays for its error, it is taken (rate-distortion
+    optimised quantization, Sullivan & Wiegand 1998, at the price that the steps themselves imply).
+    Raises ValueError for a step that is not positive or so small that codes pass LARGEST_CODE.
+    """
+    coder = constriction.stream.stack.AnsCoder()
+    rounded_steps = {name: np.float32(steps[name]) for name in weights}
+    ranges, tables, remainders = [], [], []
+    coded = []
+    for group in groups_of({name: weight.shape for name, weight in weights.items()}):
+        scaled = np.concatenate([_scaled(weights[name], rounded_steps[name]) for name in group.names])
+        symbols, extra, widths = _split(_choose_codes(scaled))
+        low, table = _table(symbols)
+        ranges.append((low, len(table)))
+        tables.append(table)
+        remainders.append(_remainder_bits(extra, widths))
+        coded.append((symbols - low, table))
+    for symbols, table in reversed(coded):  # the coder is a stack
+        if len(table) > 1:
+            coder.encode_reverse(symbols.astype(np.int32), _distribution(table))
+    return {
+        "entropy:steps": torch.from_numpy(np.array(list(rounded_steps.values()), np.float32)),
+        "entropy:ranges": torch.from_numpy(np.array(ranges, np.int16)),
+        "entropy:tables": torch.from_numpy(np.concatenate(tables)),
+        "entropy:symbols": torch.from_numpy(coder.get_compressed().astype("<u4").view(np.uint8)),
+        "entropy:remainders": torch.from_numpy(np.packbits(np.concatenate(remainders))),
+    }
+
+
+def decode(stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """The FP32 weights, of `shapes`, that `encode` stored: multiples of their steps."""
+    words = stored["entropy:symbols"].numpy().view("<u4").astype(np.uint32)
+    coder = constriction.stream.stack.AnsCoder(words)
+    bits = np.unpackbits(stored["entropy:remainders"].numpy())
+    steps = dict(zip(shapes, stored["entropy:steps"].numpy(), strict=True))
+    tables = stored["entropy:tables"].numpy()
+    weights = {}
+    for group, (low, length) in zip(groups_of(shapes), stored["entropy:ranges"].tolist(), strict=True):
+        table, tables = tables[:length], tables[length:]
+        count = sum(group.sizes)
+        places = coder.decode(_distribution(table), count) if length > 1 else np.zeros(count, np.int32)
+        codes, bits = _join(places.astype(np.int64) + low, bits)
+        for name, part in zip(group.names, np.split(codes, np.cumsum(group.sizes)[:-1]), strict=True):
+            values = part.astype(np.float32) * steps[name]
+            weights[name] = torch.from_numpy(values).reshape(shapes[name])
+    return {name: weights[name] for name in shapes}
+
+
+def largest_step(weights: dict[str, torch.Tensor]) -> dict[str, float]:
+    """For each tensor, the step from which on every code is zero."""
+    return {name: 2.0 * float(weight.abs().max()) + 1e-30 for name, weight in weights.items()}
+
+
+def _scaled(weight: torch.Tensor, step: np.float32) -> np.ndarray:
+    if not step > 0:
+        raise ValueError(f"a step of {step} is not positive")
+    scaled = weight.numpy().astype(np.float64).ravel() / float(step)
+    if abs(scaled).max() > LARGEST_CODE:
+        raise ValueError(f"a step of {step} is too small for a weight of {weight.abs().max():.3g}")
+    return scaled
+
+
+def _choose_codes(scaled: np.ndarray, rounds: int = 3) -> np.ndarray:
+    """Integers near `scaled`: the nearest, or the next toward zero where its fewer bits pay for its error."""
+    codes = np.rint(scaled).astype(np.int64)
+    for _ in range(rounds):
+        symbols, _, _ = _split(codes)
+        low, table = _table(symbols)
+        lengths = -np.log2(_frequencies(table).clip(0.5) / _frequencies(table).sum())
+
+        def bits(candidate, low=low, lengths=lengths):
+            symbols, _, widths = _split(candidate)
+            return lengths[symbols - low] + widths
+
+        lower = codes - np.sign(codes)
+        gain = (scaled - lower) ** 2 - (scaled - codes) ** 2 + PRICE_OF_A_BIT * (bits(lower) - bits(codes))
+        codes = np.where((gain < 0) & (abs(scaled - lower) < 1), lower, codes)
+    return codes
+
+
+def _split(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Signed symbols, remainders, and the number of bits of each remainder."""
+    magnitude = abs(codes)
+    exponent = np.maximum(np.frexp(magnitude)[1] - 1, 3)  # floor(log2), and at least that of 8
+    width = np.where(magnitude < DIRECT, 0, exponent - 3)
+    leading = magnitude >> width  # 8..15 where there is a remainder
+    symbol = np.where(magnitude < DIRECT, magnitude, 8 * width + leading)
+    return np.sign(codes) * symbol, magnitude - (leading << width), width
+
+
+def _join(symbols: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The codes of `symbols` and of the remainders at the start of `bits`; and the bits that are left."""
+    magnitude = abs(symbols)
+    width = np.where(magnitude < DIRECT, 0, magnitude // 8 - 1)
+    codes = np.where(magnitude < DIRECT, magnitude, (magnitude - 8 * width) << width)
+    for w in _distinct(width):
+        places = np.flatnonzero(width == w)
+        field, bits = bits[: w * len(places)].reshape(-1, w), bits[w * len(places) :]
+        codes[places] += field @ (1 << np.arange(w - 1, -1, -1))
+    return np.sign(symbols) * codes, bits
+
+
+def _remainder_bits(remainders: np.ndarray, width: np.ndarray) -> np.ndarray:
+    fields = [
+        ((remainders[width == w][:, None] >> np.arange(w - 1, -1, -1)) & 1).astype(np.uint8).ravel()
+        for w in _distinct(width)
+    ]
+    return np.concatenate([np.zeros(0, np.uint8), *fields])
+
+
+def _distinct(width: np.ndarray) -> Iterable[int]:
+    return [int(w) for w in np.unique(width) if w > 0]
+
+
+def _table(symbols: np.ndarray) -> tuple[int, np.ndarray]:
+    """The lowest symbol, and for each from there the eighths of the binary logarithm of its count, plus 1; 0: none."""
+    low, high = min(int(symbols.min()), 0), max(int(symbols.max()), 0)
+    counts = np.bincount(symbols - low, minlength=high - low + 1)
+    return low, np.where(counts > 0, np.rint(8 * np.log2(counts.clip(1))) + 1, 0).astype(np.uint8)
+
+
+def _frequencies(table: np.ndarray) -> np.ndarray:
+    """Whole numbers, so that every machine has the same."""
+    return np.where(table > 0, np.rint(2.0 ** ((table.astype(np.float64) - 1) / 8)), 0)
+
+
+def _distribution(table: np.ndarray):
+    frequencies = _frequencies(table)
+    return constriction.stream.model.Categorical(frequencies / frequencies.sum(), perfect=False)

@@ -1,0 +1,122 @@
+"""The smallest loss at a given size: Fisher information decides how coarsely each tensor is stored.
+
+    python layer_budget.py --times 10 13 16             # files 10, 13 and 16 times smaller than the FP32 tensors
+    python layer_budget.py --size 0.8 --coding fixed    # a width for each tensor, a file of at most 0.8 MiB
+
+An error dw of a weight costs F dw^2. --coding entropy rounds each tensor to multiples of a step proportional to
+1 / sqrt(F) and entropy-codes the result; --coding fixed chooses for each tensor one of fp32, fp16 and int8 to int2, the
+best choice there is under the size. The file counts, with all that is in it.
+"""
+
+from common.config import UserError, bounded_float, run_main, script_parser
+
+
+def entropy_coded(baseline, values: dict[str, float], about: dict, limit: int):
+    """The model with steps by Fisher `values` whose file has at most `limit` bytes. Raises BudgetError."""
+    from common import budget
+    from common.model import Model, file_bytes
+
+    def model(stored) -> Model:
+        return Model(baseline.config, stored, dict.fromkeys(baseline.state, "entropy"), about)
+
+    return model(budget.entropy_coded(baseline.state, values, lambda stored: file_bytes(model(stored)), limit))
+
+
+def fixed_widths(baseline, values: dict[str, float], about: dict, limit: int):
+    """The model with one format for each tensor whose file has at most `limit` bytes. Raises BudgetError."""
+    from common.budget import BudgetError, fixed_formats
+    from common.model import file_bytes, tensor_shapes
+
+    axes = {name: axis for name, (_, axis) in tensor_shapes(baseline.config).items()}
+    header = 0
+    while True:
+        try:
+            formats, fits = fixed_formats(baseline.state, axes, values, limit - header), True
+        except BudgetError as error:
+            formats, fits = error.formats, False
+        model = baseline
+        for fmt in set(formats.values()):
+            model = model.quantize([name for name, chosen in formats.items() if chosen == fmt], fmt, about)
+        excess = file_bytes(model) - limit
+        if not fits and excess > 0:
+            raise BudgetError(file_bytes(model))
+        if excess <= 0:
+            return model
+        header += excess
+
+
+CODINGS = {"entropy": entropy_coded, "fixed": fixed_widths}
+
+
+def smallest(baseline, coding: str, about: dict) -> int:
+    """Bytes of the smallest file there is, whatever the Fisher values."""
+    from common.budget import BudgetError
+
+    try:
+        CODINGS[coding](baseline, dict.fromkeys(baseline.state, 1.0), about, 0)
+    except BudgetError as error:
+        return error.smallest
+
+
+def build(run, baseline, coding: str, limits: dict[str, int]) -> list:
+    """One model for each limit, {what was asked for: bytes}. Raises UserError, before any work, for one too small."""
+    from tqdm import tqdm
+
+    from common import budget
+    from common.experiment import fisher_table
+    from common.model import MIB
+
+    def about(setting: str) -> dict:
+        note = "" if run.fisher_timestep == "image" else f", Fisher timestep {run.fisher_timestep}"
+        kept = {key: value for key, value in baseline.about.items() if key != "loss_curve"}
+        return kept | {
+            "label": f"Budget {setting} ({coding}{note})",
+            "strategy": "Budget",
+            "setting": setting,
+            "format": coding,
+            "published": None,
+            "baseline": baseline.sha256,
+        }
+
+    tightest = min(limits, key=limits.get)
+    least = smallest(baseline, coding, about(tightest))
+    if limits[tightest] < least:
+        raise UserError(
+            f"{tightest}, {limits[tightest]:,} bytes, cannot be reached with {coding} coding: ask for at least "
+            f"{least / MIB:.4f} MiB, at most {baseline.size_mib() * MIB / least:.1f} times smaller"
+        )
+    table = fisher_table(run, baseline)
+    shrunk = budget.shrink(*table.estimates(run.fisher_timestep))
+    values = dict(zip(table.names, shrunk.tolist(), strict=True))
+    return [
+        CODINGS[coding](baseline, values, about(setting), limit)
+        for setting, limit in tqdm(limits.items(), desc="fitting", unit="file")
+    ]
+
+
+def main():
+    parser = script_parser(__doc__)
+    sizes = parser.add_mutually_exclusive_group(required=True)
+    sizes.add_argument("--size", type=bounded_float(1e-6, 1e6), nargs="+", metavar="MIB", help="of the file, at most")
+    sizes.add_argument(
+        "--times", type=bounded_float(1, 1e6), nargs="+", metavar="X", help="smaller than FP32's tensors"
+    )
+    parser.add_argument("--coding", choices=CODINGS, default="entropy")
+    parser.set_defaults(fisher_timestep="image")
+    options = parser.parse_args()
+
+    from common.experiment import run_models
+    from common.model import MIB
+
+    def models(run, baseline):
+        if options.size:
+            limits = {f"{size:g} MiB": int(size * MIB) for size in options.size}
+        else:
+            limits = {f"{times:g}x": int(baseline.size_mib() * MIB / times) for times in options.times}
+        return build(run, baseline, options.coding, limits)
+
+    run_models(options, models)
+
+
+if __name__ == "__main__":
+    run_main(main)
