@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -77,12 +78,13 @@ def train(
     state_path: Path,
     device: torch.device,
     precision: str,
+    on_step: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Trains `network` on `digits` (uint8, (N, 32, 32)); returns the EMA weights and the loss of each step.
 
     Continues from `state_path` where it exists, and writes it about once a minute. Several processes share each batch.
-    Raises TrainingError when a loss is not finite, the state belongs to another run or the batch cannot be shared;
-    CheckpointError when the file of the state is damaged.
+    Each step ends in `on_step()`. Raises TrainingError when a loss is not finite, the state belongs to another run or
+    the batch cannot be shared; CheckpointError when the file of the state is damaged.
     """
     processes, rank = distributed.processes(), distributed.rank()
     if config.batch_size % processes:
@@ -138,6 +140,7 @@ def train(
             _require_finite(losses[: step + 1])
             _save_state(state_path, run, step + 1, parameters, ema, optimizers, losses)
             saved_at = time.monotonic()
+        on_step()
 
     return {name: tensor.cpu().contiguous() for name, tensor in ema.items()}, losses.tolist()
 

@@ -1,0 +1,235 @@
+"""Times this project's path and the published way, in turn, on the same network and the same work.
+
+    python -m common.bench --preset quick
+    python -m common.bench --preset paper --json bench.json
+
+The published way, re-created from its description: FP32, contiguous memory, one image at a time, dropout in attention
+always on, one backward pass for each Fisher sample, batches of 64 in training. Times are medians of several rounds
+after one that does not count. "of peak" is the arithmetic rate of the network as a share of this machine's own rate
+for a product of large matrices in the same precision. bfloat16 is left out where the processor emulates it.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from common import distributed
+from common.checkpoint import write_atomically
+from common.config import PRESETS, Parser, Preset, positive_int, run_main
+from common.device import autocast, bf16_is_faster, choose_device, set_true_fp32
+from common.diffusion import NoiseStreams, Schedule, denoising_loss, sample
+from common.experiment import training_precision
+from common.fisher import fisher_information
+from common.training import train
+from common.unet import Attention, UNet
+
+PUBLISHED_BATCH = 64  # of its training
+SAMPLING_STEPS = 2
+MATRIX = 2048
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds for one unit of work, median of the rounds; `of_peak`: share of the machine's matrix-product rate."""
+
+    work: str
+    way: str
+    seconds: float
+    of_peak: float | None
+
+
+def bench(preset: Preset, device: torch.device, rounds: int) -> list[Timing]:
+    """Times sampling, training and Fisher information, each in the published way and in this project's."""
+    torch.manual_seed(0)
+    ours = UNet(preset.network).to(device, memory_format=torch.channels_last).eval()
+    published = UNet(preset.network).to(device).eval()
+    flops = forward_flops(ours, device)
+    batch = 250 if device.type == "cuda" else 50
+    digits = 16 if device.type == "cpu" else 256
+    precision = training_precision(device)
+    ways: dict[tuple[str, str], tuple[Callable[[], float], float, str]] = {
+        # (work, way): (seconds for one unit of work, arithmetic operations of one, precision)
+        ("sampling, image and step", "published"): (lambda: published_sampling(published, device), flops, "fp32"),
+        ("sampling, image and step", "fp32"): (lambda: sampling(ours, device, batch, "fp32"), flops, "fp32"),
+        ("sampling, image and step", "bf16"): (lambda: sampling(ours, device, batch, "bf16"), flops, "bf16"),
+        ("training, digit", "published"): (lambda: published_training(preset, device), 3 * flops, "fp32"),
+        ("training, digit", precision): (lambda: training(preset, device, precision), 3 * flops, precision),
+        ("Fisher, digit", "published"): (lambda: published_fisher(published, device), 3 * flops, "fp32"),
+        ("Fisher, digit", "fp32"): (lambda: fisher(ours, device, digits), 3 * flops, "fp32"),
+    }
+    if not bf16_is_faster(device):
+        del ways["sampling, image and step", "bf16"]
+    peaks = {used: [] for _, _, used in ways.values()}
+    times = {key: [] for key in ways}
+    for round_ in tqdm(range(rounds + 1), desc="bench", unit="round"):
+        for used, rates in peaks.items():
+            rates.append(matrix_rate(device, used))
+        for key, (work, _, _) in ways.items():
+            seconds = work()
+            if round_ > 0:
+                times[key].append(seconds)
+    result = [
+        Timing(f"product of {MATRIX}x{MATRIX} matrices", p, 2 * MATRIX**3 / max(rates), 1.0)
+        for p, rates in peaks.items()
+    ]
+    for (work, way), (_, operations, used) in ways.items():
+        seconds = statistics.median(times[work, way])
+        result.append(Timing(work, way, seconds, operations / seconds / max(peaks[used])))
+    return result
+
+
+def forward_flops(network: UNet, device: torch.device) -> float:
+    """Floating-point operations of one image's pass through the network, a multiplication and an addition each."""
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        network(torch.zeros(1, 1, 32, 32, device=device), torch.zeros(1, dtype=torch.long, device=device))
+    return counter.get_total_flops()
+
+
+def now(device: torch.device) -> float:
+    """The time, in seconds, when the device's queue is empty."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def timed(device: torch.device, work: Callable[[], object]) -> float:
+    """Seconds that `work` takes."""
+    start = now(device)
+    work()
+    return now(device) - start
+
+
+def matrix_rate(device: torch.device, precision: str) -> float:
+    """Floating-point operations a second of a product of large matrices."""
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    a, b = torch.randn(2, MATRIX, MATRIX, device=device).to(dtype)
+    a @ b
+    return 2 * MATRIX**3 / timed(device, lambda: a @ b)
+
+
+@torch.no_grad()
+def published_sampling(network: UNet, device: torch.device) -> float:
+    """One image at a time, attention with dropout."""
+    schedule, x = Schedule(network.config.timesteps), torch.randn(1, 1, 32, 32, device=device)
+    attention = [module for module in network.modules() if isinstance(module, Attention)]
+
+    def steps():
+        for t in range(SAMPLING_STEPS, 0, -1):
+            eps = network(x, torch.full((1,), t, device=device))
+            schedule.ddpm_step(x, eps, t, torch.randn_like(x))
+
+    for module in attention:
+        module.train()
+    seconds = timed(device, steps)
+    for module in attention:
+        module.eval()
+    return seconds / SAMPLING_STEPS
+
+
+def sampling(network: UNet, device: torch.device, batch: int, precision: str) -> float:
+    """The sampler as the scripts call it."""
+    noise, schedule = NoiseStreams(0, range(batch)), Schedule(network.config.timesteps)
+    with autocast(device, precision):
+        seconds = timed(device, lambda: sample(network, schedule, noise, "ddim", SAMPLING_STEPS, 1.0, device))
+    return seconds / batch / SAMPLING_STEPS
+
+
+def published_training(preset: Preset, device: torch.device) -> float:
+    """A step of plain Adam in FP32, and of an average that goes from tensor to tensor."""
+    network, schedule = UNet(replace(preset.network, dropout=0.1)).to(device).train(), Schedule()
+    parameters = list(network.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=2e-5, foreach=False)
+    averages = [p.detach().clone() for p in parameters]
+    x0 = torch.rand(PUBLISHED_BATCH, 1, 32, 32, device=device)
+    t = torch.randint(0, schedule.timesteps, (PUBLISHED_BATCH,), device=device)
+
+    def step():
+        loss = denoising_loss(network, schedule, x0, t, torch.randn_like(x0)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for average, parameter in zip(averages, parameters, strict=True):
+                average.mul_(0.9999).add_(0.0001 * parameter)
+
+    step()
+    return timed(device, step) / PUBLISHED_BATCH
+
+
+def training(preset: Preset, device: torch.device, precision: str) -> float:
+    """The training loop itself, from its first step to its last but one; the last writes the state."""
+    times = []
+    digits = torch.randint(0, 256, (4 * preset.training.batch_size, 32, 32), dtype=torch.uint8)
+    with TemporaryDirectory() as folder:
+        config, state = replace(preset.training, steps=4), Path(folder) / "state.safetensors"
+        train(UNet(preset.network), config, digits, state, device, precision, lambda: times.append(now(device)))
+    return (times[2] - times[0]) / 2 / preset.training.batch_size
+
+
+def published_fisher(network: UNet, device: torch.device, digits: int = 2) -> float:
+    """One backward pass for each digit."""
+
+    def each():
+        for x0, t, noise in zip(*(s.split(1) for s in fisher_samples(network, device, digits)), strict=True):
+            network.zero_grad()
+            denoising_loss(network, Schedule(), x0, t, noise).sum().backward()
+            [p.grad.square().mean() for p in network.parameters()]
+
+    seconds = timed(device, each) / digits
+    network.zero_grad()
+    return seconds
+
+
+def fisher(network: UNet, device: torch.device, digits: int) -> float:
+    """Squared gradients of each digit as the scripts measure them."""
+    samples = fisher_samples(network, device, digits)
+
+    def loss(call, x0, t, noise):
+        return denoising_loss(call, Schedule(), x0, t, noise)
+
+    return timed(device, lambda: fisher_information(network, loss, samples)) / digits
+
+
+def fisher_samples(network: UNet, device: torch.device, digits: int) -> tuple[torch.Tensor, ...]:
+    x0, noise = torch.randn(2, digits, 1, 32, 32, device=device)
+    return x0, torch.full((digits,), 1, device=device), noise
+
+
+def format_timings(timings: list[Timing]) -> str:
+    """A table; each way's speed is that of the published way over it."""
+    published = {t.work: t.seconds for t in timings if t.way == "published"}
+    lines = [f"{'work':34}{'way':>11}{'ms':>11}{'faster':>9}{'of peak':>9}"]
+    for t in timings:
+        ratio = f"{published[t.work] / t.seconds:.2f}x" if t.work in published else "-"
+        lines.append(f"{t.work:34}{t.way:>11}{1000 * t.seconds:>11.3f}{ratio:>9}{t.of_peak:>9.1%}")
+    return "\n".join(lines)
+
+
+def main():
+    parser = Parser(prog="python -m common.bench", description=__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="quick")
+    parser.add_argument("--device", default=None, help="cpu or cuda; default: cuda where available, else cpu")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="that count")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the times there too")
+    options = parser.parse_args()
+    set_true_fp32()
+    device = distributed.start(choose_device(options.device))
+    timings = bench(PRESETS[options.preset], device, options.rounds)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    print(f"preset {options.preset}; {name}; torch {torch.__version__}; {options.rounds} rounds")
+    print(format_timings(timings))
+    if options.json:
+        setting = {"preset": options.preset, "device": name, "torch": torch.__version__, "rounds": options.rounds}
+        write_atomically(options.json, json.dumps(setting | {"timings": [asdict(t) for t in timings]}).encode())
+
+
+if __name__ == "__main__":
+    run_main(main)
