@@ -1,6 +1,7 @@
 """The smallest loss at a given size: Fisher information decides how coarsely each tensor is stored.
 
     python layer_budget.py --times 10 13 16             # files 10, 13 and 16 times smaller than the FP32 tensors
+    python layer_budget.py --times auto                 # the smallest whose FID is within one standard error of FP32's
     python layer_budget.py --size 0.8 --coding fixed    # a width for each tensor, a file of at most 0.8 MiB
 
 An error dw of a weight costs F dw^2. --coding entropy rounds each tensor to multiples of a step proportional to
@@ -58,8 +59,11 @@ def smallest(baseline, coding: str, about: dict) -> int:
         return error.smallest
 
 
-def build(run, baseline, coding: str, limits: dict[str, int]) -> list:
-    """One model for each limit, {what was asked for: bytes}. Raises UserError, before any work, for one too small."""
+def build(run, bench, baseline, coding: str, limits: dict[str, int]) -> list:
+    """One model for each limit, {what was asked for: bytes}; with "auto", those of `search`.
+
+    Raises UserError, before any work, for a limit that is too small.
+    """
     from tqdm import tqdm
 
     from common import budget
@@ -78,20 +82,48 @@ def build(run, baseline, coding: str, limits: dict[str, int]) -> list:
             "baseline": baseline.sha256,
         }
 
-    tightest = min(limits, key=limits.get)
-    least = smallest(baseline, coding, about(tightest))
-    if limits[tightest] < least:
-        raise UserError(
-            f"{tightest}, {limits[tightest]:,} bytes, cannot be reached with {coding} coding: ask for at least "
-            f"{least / MIB:.4f} MiB, at most {baseline.size_mib() * MIB / least:.1f} times smaller"
-        )
+    size = baseline.size_mib() * MIB
+    least = smallest(baseline, coding, about(""))
+    for asked, limit in limits.items():
+        if limit < least:
+            raise UserError(
+                f"{asked}, {limit:,} bytes, cannot be reached with {coding} coding: ask for at least {least / MIB:.4f} "
+                f"MiB, at most {size / least:.1f} times smaller"
+            )
     table = fisher_table(run, baseline)
     shrunk = budget.shrink(*table.estimates(run.fisher_timestep))
     values = dict(zip(table.names, shrunk.tolist(), strict=True))
-    return [
-        CODINGS[coding](baseline, values, about(setting), limit)
-        for setting, limit in tqdm(limits.items(), desc="fitting", unit="file")
-    ]
+
+    def make(setting: str, limit: int):
+        return CODINGS[coding](baseline, values, about(setting), limit)
+
+    if limits:
+        return [make(asked, limit) for asked, limit in tqdm(limits.items(), desc="fitting", unit="file")]
+    return search(run, bench, baseline, lambda times: make(f"{times:.3g}x", int(size / times)), size / least)
+
+
+def search(run, bench, baseline, make, most: float) -> list:
+    """Halves the interval of sizes in which the difference of FID to FP32 comes to exceed its standard error.
+
+    Returns the models that were tried, by size; prints the smallest that keeps within. make(times) is the model that
+    many times smaller than FP32; `most`: the most there can be.
+    """
+    from common.experiment import measure
+
+    reference = measure(run, bench, baseline).scores.fid
+    low, high, tried = 2.0, min(most, 128.0), {}
+    while high / low > 1.05:
+        times = (low * high) ** 0.5
+        tried[times] = make(times)
+        difference, error = measure(run, bench, tried[times]).scores.fid.minus(reference)
+        low, high = (times, high) if difference <= error else (low, times)
+    if low in tried:
+        print(
+            f"largest factor whose FID is within one standard error of FP32's: {low:.3g} (the next tried: {high:.3g})"
+        )
+    else:
+        print(f"no factor from {low:g} on keeps the FID within one standard error of FP32's")
+    return [tried[times] for times in sorted(tried)]
 
 
 def main():
@@ -99,23 +131,32 @@ def main():
     sizes = parser.add_mutually_exclusive_group(required=True)
     sizes.add_argument("--size", type=bounded_float(1e-6, 1e6), nargs="+", metavar="MIB", help="of the file, at most")
     sizes.add_argument(
-        "--times", type=bounded_float(1, 1e6), nargs="+", metavar="X", help="smaller than FP32's tensors"
+        "--times", type=factor, nargs="+", metavar="X", help="smaller than FP32's tensors; auto: as far as FID allows"
     )
     parser.add_argument("--coding", choices=CODINGS, default="entropy")
     parser.set_defaults(fisher_timestep="image")
     options = parser.parse_args()
+    if options.times and "auto" in options.times and len(options.times) > 1:
+        parser.error("argument --times: auto stands alone")
 
     from common.experiment import run_models
     from common.model import MIB
 
-    def models(run, baseline):
+    def models(run, bench, baseline):
         if options.size:
             limits = {f"{size:g} MiB": int(size * MIB) for size in options.size}
+        elif "auto" in options.times:
+            limits = {}
         else:
             limits = {f"{times:g}x": int(baseline.size_mib() * MIB / times) for times in options.times}
-        return build(run, baseline, options.coding, limits)
+        return build(run, bench, baseline, options.coding, limits)
 
     run_models(options, models)
+
+
+def factor(text: str) -> float | str:
+    """An argparse type: a number of at least 1, or auto."""
+    return text if text == "auto" else bounded_float(1, 1e6)(text)
 
 
 if __name__ == "__main__":

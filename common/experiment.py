@@ -438,7 +438,7 @@ def uniform(run: Run, baseline: Model) -> Model:
 def run_strategy(options: argparse.Namespace, choices: list[Choice]) -> None:
     """What a strategy script does: baseline and uniform rows, then one row for each choice."""
 
-    def build(run: Run, baseline: Model) -> list[Model]:
+    def build(run: Run, bench: Bench, baseline: Model) -> list[Model]:
         table = fisher_table(run, baseline)
         values = table.at(run.fisher_timestep, layer_weights(table.names))
         models = []
@@ -450,7 +450,7 @@ def run_strategy(options: argparse.Namespace, choices: list[Choice]) -> None:
     run_models(options, build)
 
 
-def run_models(options: argparse.Namespace, build: Callable[[Run, Model], list[Model]]) -> None:
+def run_models(options: argparse.Namespace, build: Callable[[Run, Bench, Model], list[Model]]) -> None:
     """Baseline and uniform rows, then one row for each model that `build` makes of the baseline."""
     run = settle(options)
     if run.dry_run:
@@ -458,7 +458,7 @@ def run_models(options: argparse.Namespace, build: Callable[[Run, Model], list[M
         return
     baseline = load_baseline(run)
     bench = make_bench(run)
-    models = [uniform(run, baseline), *build(run, baseline)]
+    models = [uniform(run, baseline), *build(run, bench, baseline)]
     print_rows(run, bench, baseline, run.checkpoint, models)
 
 

@@ -149,3 +149,33 @@ def test_size_or_times_is_asked_for(script, capfd):
         script()
     assert exit_.value.code == 2
     assert "--size --times" in capfd.readouterr().err
+
+
+def test_auto_finds_where_the_difference_passes_its_error(monkeypatch, capsys):
+    """With models whose FID jumps at a factor that is known."""
+    from types import SimpleNamespace
+
+    import layer_budget
+    from common import experiment
+    from common.metrics import Estimate
+
+    spread = np.array([-1.0, 1.0, -1.0, 1.0])  # a standard error of 0.58
+
+    def measure(run, bench, times):
+        fid = Estimate(1.0 + (0.5 if times < 13.7 else 0.7) * (times > 0), spread * (times > 0))
+        return SimpleNamespace(scores=SimpleNamespace(fid=fid))
+
+    monkeypatch.setattr(experiment, "measure", measure)
+    tried = layer_budget.search(None, None, 0, lambda times: times, 300.0)
+    assert tried == sorted(tried)
+    within, beyond = max(t for t in tried if t < 13.7), min(t for t in tried if t >= 13.7)
+    assert beyond / within <= 1.05
+    assert f"standard error of FP32's: {within:.3g} (the next tried: {beyond:.3g})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("times", [("auto", "10"), ("0.5",), ("nan",), ("some",)])
+def test_times_that_are_none(script, capfd, times):
+    with pytest.raises(SystemExit) as exit_:
+        script("--times", *times)
+    assert exit_.value.code == 2
+    assert "argument --times" in capfd.readouterr().err
