@@ -1,4 +1,4 @@
-# make demo    installs into .venv, runs the five scripts on the quick preset, prints one table
+# make demo    installs into .venv, runs every script on the quick preset, prints all rows at the end
 # make test    installs into .venv, checks the style, runs the tests (offline once installed)
 
 PYTHON ?= python3
@@ -15,6 +15,7 @@ demo: .venv/installed
 	$(RUN) layer_group.py $(DEMO) --groups 12/3456
 	$(RUN) layer_ratio.py $(DEMO) --ratio 0.25
 	$(RUN) layer_math.py $(DEMO) --alpha 0.5
+	$(RUN) layer_budget.py $(DEMO) --times 10
 	$(RUN) -m common.report --preset quick
 
 test: .venv/installed-test lint

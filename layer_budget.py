@@ -129,11 +129,13 @@ def search(run, bench, baseline, make, most: float) -> list:
 def main():
     parser = script_parser(__doc__)
     sizes = parser.add_mutually_exclusive_group(required=True)
-    sizes.add_argument("--size", type=bounded_float(1e-6, 1e6), nargs="+", metavar="MIB", help="of the file, at most")
     sizes.add_argument(
-        "--times", type=factor, nargs="+", metavar="X", help="smaller than FP32's tensors; auto: as far as FID allows"
+        "--size", type=bounded_float(1e-6, 1e6, 0.8), nargs="+", metavar="MIB", help="of the file, at most"
     )
-    parser.add_argument("--coding", choices=CODINGS, default="entropy")
+    sizes.add_argument(
+        "--times", type=factor, nargs="+", metavar="X", help="files X times smaller than FP32's tensors; or auto"
+    )
+    parser.add_argument("--coding", choices=CODINGS, default="entropy", help="what the file stores")
     parser.set_defaults(fisher_timestep="image")
     options = parser.parse_args()
     if options.times and "auto" in options.times and len(options.times) > 1:
@@ -156,7 +158,7 @@ def main():
 
 def factor(text: str) -> float | str:
     """An argparse type: a number of at least 1, or auto."""
-    return text if text == "auto" else bounded_float(1, 1e6)(text)
+    return text if text == "auto" else bounded_float(1, 1e6, 10)(text)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ def main():
     parser = script_parser(__doc__)
     rule = parser.add_mutually_exclusive_group()
     rule.add_argument(
-        "--alpha", type=bounded_float(0, 10), nargs="+", default=[0.5], metavar="A", help="one row for each"
+        "--alpha", type=bounded_float(0, 10, 0.5), nargs="+", default=[0.5], metavar="A", help="one row for each"
     )
-    rule.add_argument("--k", type=bounded_float(-10, 10), nargs="+", metavar="K", help="one row for each")
+    rule.add_argument("--k", type=bounded_float(-10, 10, 0.5), nargs="+", metavar="K", help="one row for each")
     options = parser.parse_args()
 
     from common.experiment import Choice, run_strategy

@@ -26,7 +26,7 @@ def below_top_ratio(values: dict[str, float], ratio: float) -> set[str]:
 def main():
     parser = script_parser(__doc__)
     parser.add_argument(
-        "--ratio", type=bounded_float(0, 1), nargs="+", default=[0.25], metavar="P", help="one row for each"
+        "--ratio", type=bounded_float(0, 1, 0.25), nargs="+", default=[0.25], metavar="P", help="one row for each"
     )
     options = parser.parse_args()
 

@@ -11,7 +11,11 @@ from common.config import run_main, script_parser
 
 def main():
     parser = script_parser(__doc__)
-    parser.add_argument("--retrain", action="store_true", help="train anew, or continue a training that was stopped")
+    parser.add_argument(
+        "--retrain",
+        action="store_true",
+        help="train anew and replace --checkpoint, or continue a training that was stopped",
+    )
     options = parser.parse_args()
 
     from common.experiment import run_baseline

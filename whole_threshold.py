@@ -22,7 +22,7 @@ def below(values: dict[str, float], threshold: float) -> set[str]:
 def main():
     parser = script_parser(__doc__)
     parser.add_argument(
-        "--threshold", type=bounded_float(0, 1), nargs="+", default=[1.0], metavar="X", help="one row for each"
+        "--threshold", type=bounded_float(0, 1, 0.1), nargs="+", default=[1.0], metavar="X", help="one row for each"
     )
     options = parser.parse_args()
 

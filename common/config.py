@@ -126,8 +126,8 @@ def positive_int(text: str) -> int:
     return value
 
 
-def bounded_float(low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number in low..high."""
+def bounded_float(low: float, high: float, example: float) -> Callable[[str], float]:
+    """An argparse type: a number in low..high; the error shows an example."""
 
     def parse(text: str) -> float:
         try:
@@ -135,7 +135,9 @@ def bounded_float(low: float, high: float) -> Callable[[str], float]:
         except ValueError:
             value = float("nan")
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number in {low:g}..{high:g}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a number in {low:g}..{high:g}; give one such as {example:g}"
+            )
         return value
 
     return parse
@@ -151,7 +153,7 @@ def script_parser(description: str) -> Parser:
     run.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="holds MNIST/raw")
     quantization = parser.add_argument_group("quantization")
     quantization.add_argument(
-        "--format", choices=FORMATS[1:], default="fp16", help="what a tensor below its threshold becomes"
+        "--format", choices=FORMATS[1:], default="fp16", help="what tensors become that are quantized"
     )
     quantization.add_argument(
         "--fisher-timestep",
@@ -162,12 +164,18 @@ def script_parser(description: str) -> Parser:
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--images", type=positive_int, metavar="N", help="of each model; default: the preset's")
     sampling.add_argument("--sampler", choices=("ddpm", "ddim"), help="default: the preset's")
-    sampling.add_argument("--steps", type=positive_int, metavar="N", help="DDIM steps; ddpm takes all T")
     sampling.add_argument(
-        "--eta", type=bounded_float(0, 1), metavar="ETA", help="fresh noise of DDIM, 0..1; default: the preset's"
+        "--steps", type=positive_int, metavar="N", help="of DDIM; default: the preset's; ddpm takes all 1000"
     )
-    sampling.add_argument("--batch-size", type=positive_int, metavar="N", help="default: 50 on a CPU, 250 on CUDA")
-    sampling.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
+    sampling.add_argument(
+        "--eta", type=bounded_float(0, 1, 0.5), metavar="ETA", help="fresh noise of DDIM, 0..1; default: the preset's"
+    )
+    sampling.add_argument(
+        "--batch-size", type=positive_int, metavar="N", help="images sampled at once; default: 50 on a CPU, 250 on CUDA"
+    )
+    sampling.add_argument(
+        "--seed", type=int, default=0, help="of the sampling: the noise of image i depends on (seed, i) alone"
+    )
     sampling.add_argument("--device", default=None, help="cpu, cuda or cuda:N; default: cuda where available, else cpu")
     sampling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network when sampling")
     metrics = parser.add_argument_group("metrics and output")
@@ -193,4 +201,4 @@ def run_main(main: Callable[[], None]) -> None:
     except (UserError, OSError) as error:  # a full disk, a folder that vanished: no traceback explains it better
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}" if is_first_process() else 1)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues where it stopped")
+        sys.exit("interrupted; training and sampling continue where they stopped when the command is given again")

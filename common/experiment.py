@@ -465,7 +465,11 @@ def run_models(options: argparse.Namespace, build: Callable[[Run, Bench, Model],
 def print_rows(run: Run, bench: Bench, baseline: Model | None, baseline_path: Path, models: list[Model]) -> None:
     """Measures the models, writes their packed files, prints the table and adds its rows to results.jsonl."""
     origin = baseline.sha256 if baseline is not None else models[0].about["baseline"]
-    rows = [real_row(run, bench, origin)]
+    rows = []
+    if len(bench.test_digits) > bench.network.dimensions:
+        rows.append(real_row(run, bench, origin))
+    else:
+        print(f"{len(bench.test_digits)} test digits in {run.data} are too few for a row of real digits: --data mnist")
     baseline_measured = None
     if baseline is not None:
         baseline = replace(baseline, about=baseline.about | {"published": PUBLISHED_BASELINE})
@@ -482,7 +486,8 @@ def print_rows(run: Run, bench: Bench, baseline: Model | None, baseline_path: Pa
         report.add_rows(run.out / "results.jsonl", rows)
     print(report.format_table(rows))
     print(report.format_kept(rows))
-    print(f"rows: {run.out / 'results.jsonl'}; packed models: {run.out / 'models'}/; figures: python -m common.report")
+    print(f"rows: {run.out / 'results.jsonl'}; packed models: {run.out / 'models'}/")
+    print(f"all rows and figures: python -m common.report --preset {run.preset_name} --out {run.out}")
 
 
 def packed_file(run: Run, model: Model) -> Path:

@@ -1,6 +1,6 @@
 """Feature networks of the metrics: a small MNIST classifier that ships, and pytorch-fid's Inception.
 
-python -m common.features --data-dir data     # trains the MNIST classifier; needs the full MNIST
+python -m common.features --data-dir data --out FILE     # trains the MNIST classifier; needs the full MNIST
 """
 
 import hashlib
@@ -87,7 +87,7 @@ def load_features(metric: str, device: torch.device, inception_weights: Path | N
 
 def _load_classifier() -> DigitClassifier:
     if not CLASSIFIER_FILE.exists():
-        raise UserError(f"{CLASSIFIER_FILE} is missing; git checkout it, or make it: python -m common.features")
+        raise UserError(f"{CLASSIFIER_FILE} is missing; git checkout it")
     tensors, _ = checkpoint.load(CLASSIFIER_FILE, "features")
     network = DigitClassifier()
     network.load_state_dict(tensors)
@@ -169,7 +169,7 @@ def train_classifier(data_dir: Path, epochs: int = 3, seed: int = 0) -> tuple[Di
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="holds MNIST/raw")
-    parser.add_argument("--out", type=Path, default=CLASSIFIER_FILE)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="figures compare only where it is kept")
     options = parser.parse_args()
     network, accuracy = train_classifier(options.data_dir)
     checkpoint.save(options.out, "features", network.state_dict(), {"accuracy": accuracy})

@@ -1,6 +1,6 @@
-"""FID, KID, Inception-style score and PSNR, each with its standard error.
+"""FID, KID and Inception-style score of images, and PSNR between two models', each with its standard error.
 
-    python -m common.metrics DIR        # scores a folder of images from anywhere against the digits
+    python -m common.metrics DIR        # FID, KID and score of a folder of images, from anywhere, against the digits
 
 Errors are those of drawing other generated images from the same model; the reference digits are held fixed. They come
 from influence functions (the infinitesimal jackknife; Efron 1982): each statistic is, to first order, a mean over
@@ -237,11 +237,11 @@ def load_folder(folder: Path) -> torch.Tensor:
 def main():
     parser = Parser(prog="python -m common.metrics", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="white digits on black, 28x28 or 32x32")
-    parser.add_argument("--metric", choices=("mnist", "inception"), default="mnist")
+    parser.add_argument("--metric", choices=("mnist", "inception"), default="mnist", help="whose features are used")
     parser.add_argument("--inception-weights", type=Path, metavar="FILE", help="default: download them")
     parser.add_argument("--data", choices=("mnist", "mnist5k"), default="mnist5k", help="the digits to compare with")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="holds MNIST/raw")
-    parser.add_argument("--device", default=None)
+    parser.add_argument("--device", default=None, help="cpu or cuda; default: cuda where available, else cpu")
     options = parser.parse_args()
 
     from common.data import load_digits
@@ -255,9 +255,9 @@ def main():
     digits = load_digits(options.data, "train", options.data_dir)
     scores = score(images, network, load_reference(digits, network, cache=None))
     print(f"{len(images)} images against {len(digits)} digits of {options.data}; {describe(network)}")
-    print(f"FID {scores.fid.value:.3f} +- {scores.fid.error:.3f}")
-    print(f"KID {1e3 * scores.kid.value:.3f} +- {1e3 * scores.kid.error:.3f} (x 1000)")
-    print(f"IS  {scores.inception_score.value:.3f} +- {scores.inception_score.error:.3f}")
+    print(f"FID {scores.fid.value:.3f} ± {scores.fid.error:.3f}")
+    print(f"KID {1e3 * scores.kid.value:.3f} ± {1e3 * scores.kid.error:.3f} (x 1000)")
+    print(f"Score {scores.inception_score.value:.3f} ± {scores.inception_score.error:.3f}")
 
 
 def describe(network: nn.Module) -> str:

@@ -88,7 +88,9 @@ def train(
     """
     processes, rank = distributed.processes(), distributed.rank()
     if config.batch_size % processes:
-        raise TrainingError(f"a batch of {config.batch_size} digits cannot be shared by {processes} processes evenly")
+        raise TrainingError(
+            f"a batch of {config.batch_size} digits cannot be shared by {processes} processes evenly; use a number that divides it"
+        )
     mine = slice(rank * config.batch_size // processes, (rank + 1) * config.batch_size // processes)
     schedule = Schedule(network.config.timesteps)
     torch.manual_seed(derive_seed(config.seed, "weights"))

@@ -74,7 +74,7 @@ def test_another_classifier_is_refused(tmp_path, monkeypatch):
 
 def test_missing_classifier_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "CLASSIFIER_FILE", tmp_path / "features.safetensors")
-    with pytest.raises(UserError, match=r"missing; git checkout it, or make it: python -m common\.features"):
+    with pytest.raises(UserError, match=r"missing; git checkout it"):
         load_features("mnist", CPU)
 
 
