@@ -89,7 +89,7 @@ def train(
     processes, rank = distributed.processes(), distributed.rank()
     if config.batch_size % processes:
         raise TrainingError(
-            f"a batch of {config.batch_size} digits cannot be shared by {processes} processes evenly; use a number that divides it"
+            f"a batch of {config.batch_size} digits does not divide by {processes} processes: start as many as divide it"
         )
     mine = slice(rank * config.batch_size // processes, (rank + 1) * config.batch_size // processes)
     schedule = Schedule(network.config.timesteps)
