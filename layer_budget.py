@@ -9,6 +9,8 @@ An error dw of a weight costs F dw^2. --coding entropy rounds each tensor to mul
 best choice there is under the size. The file counts, with all that is in it.
 """
 
+import math
+
 from common.config import UserError, bounded_float, run_main, script_parser
 
 
@@ -25,6 +27,8 @@ def entropy_coded(baseline, values: dict[str, float], about: dict, limit: int):
 
 def fixed_widths(baseline, values: dict[str, float], about: dict, limit: int):
     """The model with one format for each tensor whose file has at most `limit` bytes. Raises BudgetError."""
+    from dataclasses import replace
+
     from common.budget import BudgetError, fixed_formats
     from common.model import file_bytes, tensor_shapes
 
@@ -35,7 +39,7 @@ def fixed_widths(baseline, values: dict[str, float], about: dict, limit: int):
             formats, fits = fixed_formats(baseline.state, axes, values, limit - header), True
         except BudgetError as error:
             formats, fits = error.formats, False
-        model = baseline
+        model = replace(baseline, about=about)
         for fmt in set(formats.values()):
             model = model.quantize([name for name, chosen in formats.items() if chosen == fmt], fmt, about)
         excess = file_bytes(model) - limit
@@ -83,12 +87,13 @@ def build(run, bench, baseline, coding: str, limits: dict[str, int]) -> list:
         }
 
     size = baseline.size_mib() * MIB
-    least = smallest(baseline, coding, about(""))
     for asked, limit in limits.items():
+        least = smallest(baseline, coding, about(asked)) + 100  # labels of other lengths
         if limit < least:
+            more, less = math.ceil(1e4 * least / MIB) / 1e4, math.floor(10 * size / least) / 10
             raise UserError(
-                f"{asked}, {limit:,} bytes, cannot be reached with {coding} coding: ask for at least {least / MIB:.4f} "
-                f"MiB, at most {size / least:.1f} times smaller"
+                f"{asked}, {limit:,} bytes, cannot be reached with {coding} coding: "
+                f"ask for --size {more:g} or more, --times {less:g} or less"
             )
     table = fisher_table(run, baseline)
     shrunk = budget.shrink(*table.estimates(run.fisher_timestep))
@@ -99,7 +104,8 @@ def build(run, bench, baseline, coding: str, limits: dict[str, int]) -> list:
 
     if limits:
         return [make(asked, limit) for asked, limit in tqdm(limits.items(), desc="fitting", unit="file")]
-    return search(run, bench, baseline, lambda times: make(f"{times:.3g}x", int(size / times)), size / least)
+    most = size / (smallest(baseline, coding, about("")) + 100)
+    return search(run, bench, baseline, lambda times: make(f"{times:g}x", int(size / times)), most)
 
 
 def search(run, bench, baseline, make, most: float) -> list:
@@ -113,16 +119,17 @@ def search(run, bench, baseline, make, most: float) -> list:
     reference = measure(run, bench, baseline).scores.fid
     low, high, tried = 2.0, min(most, 128.0), {}
     while high / low > 1.05:
-        times = (low * high) ** 0.5
+        times = float(f"{(low * high) ** 0.5:.3g}")
         tried[times] = make(times)
         difference, error = measure(run, bench, tried[times]).scores.fid.minus(reference)
         low, high = (times, high) if difference <= error else (low, times)
+    further = f"the next tried, {high:g}, is not" if high in tried else "nothing larger was tried"
     if low in tried:
-        print(
-            f"largest factor whose FID is within one standard error of FP32's: {low:.3g} (the next tried: {high:.3g})"
-        )
+        print(f"largest factor whose FID is within one standard error of FP32's: {low:g}; {further}")
     else:
-        print(f"no factor from {low:g} on keeps the FID within one standard error of FP32's")
+        print(
+            f"no factor that was tried, {', '.join(f'{t:g}' for t in sorted(tried))}, keeps within one standard error"
+        )
     return [tried[times] for times in sorted(tried)]
 
 

@@ -1,1 +1,1 @@
-"""What the five scripts share. Arrows run one way: scripts -> experiment -> the rest -> unet, data, config."""
+"""What the scripts share. Arrows run one way: scripts -> experiment -> the rest -> unet, data, config."""

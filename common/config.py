@@ -16,7 +16,7 @@ FORMATS = ("fp32", "fp16", "int8", "int7", "int6", "int5", "int4", "int3", "int2
 
 def is_first_process() -> bool:
     """False in the second and later processes that torchrun starts."""
-    return os.environ.get("RANK", "0") == "0"
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
 
 
 class UserError(ValueError):
@@ -144,7 +144,7 @@ def bounded_float(low: float, high: float, example: float) -> Callable[[str], fl
 
 
 def script_parser(description: str) -> Parser:
-    """The options that the five scripts share. Defaults of None are filled from the preset by `experiment.prepare`."""
+    """The options that the scripts share. Defaults of None are filled from the preset by `experiment.settle`."""
     parser = Parser(description=description)
     run = parser.add_argument_group("model and data")
     run.add_argument("--preset", choices=PRESETS, help="default: paper where CUDA is available, else quick")
@@ -198,7 +198,11 @@ def run_main(main: Callable[[], None]) -> None:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     try:
         main()
-    except (UserError, OSError) as error:  # a full disk, a folder that vanished: no traceback explains it better
+    except UserError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}" if is_first_process() else 1)
+    except OSError as error:  # a full disk, a folder that vanished: may be of one process, and needs no traceback
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     except KeyboardInterrupt:
+        if not is_first_process():
+            sys.exit(1)
         sys.exit("interrupted; training and sampling continue where they stopped when the command is given again")

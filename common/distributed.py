@@ -10,17 +10,26 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+
+from common.config import UserError
 
 TIMEOUT = timedelta(hours=12)  # of a wait for the slowest process, which may be sampling
 
 
 def start(device: torch.device) -> torch.device:
-    """Joins the processes that torchrun started, if it did; returns this process's own device."""
+    """Joins the processes that torchrun started, if it did; returns this process's own device.
+
+    Raises UserError where the processes outnumber the GPUs.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return device
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    if device.type == "cuda":
+        wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if device.index is not None or wanted > there:
+            raise UserError(
+                f"{wanted} processes need a GPU each: {there} are there; leave --device {device} out or use cpu"
+            )
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=TIMEOUT)
         atexit.register(dist.destroy_process_group)
@@ -72,6 +81,14 @@ def mean(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def replicate(network: nn.Module) -> nn.Module:
-    """The network to train: its gradients are the mean over the processes."""
-    return DistributedDataParallel(network, broadcast_buffers=False) if processes() > 1 else network
+def average_gradients(network: nn.Module) -> None:
+    """Replaces each gradient by its mean over the processes.
+
+    One exchange of all of them, always in the same order: DistributedDataParallel orders its buckets anew after the
+    first step, so that with three processes or more a resumed run would round differently.
+    """
+    if processes() > 1:
+        gradients = [p.grad for p in network.parameters()]
+        flat = mean(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view(gradient.shape))

@@ -81,7 +81,7 @@ def settle(options: argparse.Namespace) -> Run:
     set_true_fp32()
     device = distributed.start(choose_device(options.device))
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     name, why = options.preset, "--preset"
     if name is None and options.checkpoint is not None and options.checkpoint.exists():
         name, why = read_checkpoint(options.checkpoint).about.get("preset"), "the checkpoint's"

@@ -102,7 +102,10 @@ def save(path: Path, table: FisherTable) -> None:
 def load(path: Path, weights: str) -> FisherTable:
     """Reads a table; raises UserError where it belongs to other weights than those of hash `weights`."""
     tensors, metadata = checkpoint.load(path, "fisher")
-    table = FisherTable(**tensors, **metadata)
+    try:
+        table = FisherTable(**tensors, **metadata)
+    except TypeError:
+        raise UserError(f"{path} is of an earlier version; delete it and run again") from None
     if table.weights != weights:
         raise UserError(
             f"{path} holds the Fisher values of other weights ({table.weights[:12]}, not {weights[:12]}); "

@@ -50,7 +50,9 @@ def read_rows(path: Path, absent_is_empty: bool = False) -> list[dict]:
             _identity(row)
         return rows
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); move it away and run the scripts again") from None
+        raise UserError(
+            f"{path} is damaged or of an earlier version ({error}); move it away and run the scripts again"
+        ) from None
 
 
 def _identity(row: dict) -> tuple:

@@ -105,9 +105,14 @@ def main():
     parser.add_argument("--digits", type=positive_int, default=200, help="held-out digits whose loss is measured")
     options = parser.parse_args()
 
-    from common.experiment import fisher_table, load_baseline, settle
+    from common.experiment import fisher_table, load_baseline, print_sizes, settle
 
+    if options.digits < 2:
+        parser.error("argument --digits: 1 is too few for a standard error; give at least 2")
     run = settle(options)
+    if run.dry_run:
+        print_sizes(run)
+        return
     model = load_baseline(run)
     table = fisher_table(run, model)
     digits = load_digits(run.data, "test", run.data_dir)

@@ -89,7 +89,7 @@ def train(
     processes, rank = distributed.processes(), distributed.rank()
     if config.batch_size % processes:
         raise TrainingError(
-            f"a batch of {config.batch_size} digits does not divide by {processes} processes: start as many as divide it"
+            f"a batch of {config.batch_size} digits does not divide by {processes} processes: start as many as do"
         )
     mine = slice(rank * config.batch_size // processes, (rank + 1) * config.batch_size // processes)
     schedule = Schedule(network.config.timesteps)
@@ -113,7 +113,6 @@ def train(
     steps_done = 0
     if distributed.agree(state_path.exists()):
         steps_done = _load_state(state_path, run, parameters, ema, optimizers, losses)
-    replica = distributed.replicate(network)
     images = digits.to(device)
     order = EpochOrder(len(digits), config.batch_size, config.seed)
     saved_at = time.monotonic()
@@ -128,9 +127,10 @@ def train(
         if processes > 1:  # what was drawn until here is of the whole batch; dropout is each process's own
             torch.manual_seed(derive_seed(config.seed, "dropout", step, rank))
         with autocast(device, precision):
-            loss = denoising_loss(replica, schedule, x0[mine], t[mine], noise[mine]).mean()
+            loss = denoising_loss(network, schedule, x0[mine], t[mine], noise[mine]).mean()
         network.zero_grad(set_to_none=True)
         loss.backward()
+        distributed.average_gradients(network)
         nn.utils.clip_grad_norm_(parameters.values(), config.gradient_clip, foreach=True)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * learning_rate_factor(config, step)

@@ -77,11 +77,9 @@ def test_entropy_coding_below_the_smallest_says_what_can_be_reached():
 def test_shrink_leaves_what_is_certain_and_pulls_what_is_not():
     values = torch.tensor([1e-4, 1e-3, 1e-2, 1e-1], dtype=torch.float64)
     assert torch.allclose(budget.shrink(values, 1e-6 * values), values, rtol=1e-4)
-    errors = torch.tensor([1e-6, 1e-5, 1e-4, 0.3], dtype=torch.float64) * 1.0
-    shrunk = budget.shrink(values, errors)
-    centre = values.log().mean().exp()
-    assert torch.allclose(shrunk[:3], values[:3], rtol=1e-2) or (shrunk[:3] < 3 * values[:3]).all()
-    assert centre < shrunk[3] < values[3]
+    shrunk = budget.shrink(values, torch.tensor([1e-6, 1e-5, 1e-4, 0.1], dtype=torch.float64))
+    assert torch.allclose(shrunk[:3], values[:3], rtol=1e-3)
+    assert values.log().mean().exp() < shrunk[3] < 0.9 * values[3]
 
 
 def test_shrink_gives_a_tensor_without_gradient_a_value():
@@ -170,7 +168,7 @@ def test_auto_finds_where_the_difference_passes_its_error(monkeypatch, capsys):
     assert tried == sorted(tried)
     within, beyond = max(t for t in tried if t < 13.7), min(t for t in tried if t >= 13.7)
     assert beyond / within <= 1.05
-    assert f"standard error of FP32's: {within:.3g} (the next tried: {beyond:.3g})" in capsys.readouterr().out
+    assert f"standard error of FP32's: {within:g}; the next tried, {beyond:g}, is not" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("times", [("auto", "10"), ("0.5",), ("nan",), ("some",)])
