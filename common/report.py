@@ -94,7 +94,7 @@ def _cells(row: dict, baseline_size: float | None) -> list[str]:
     return [
         row["label"],
         figure("fid", 3),
-        figure("fid_difference", 3),
+        figure("fid_difference", 4),
         figure("kid", 2, 1000),
         figure("inception_score", 3),
         figure("psnr", 1),

@@ -24,7 +24,7 @@ STRATEGIES = ("whole_threshold", "layer_group", "layer_ratio", "layer_math")
 SCRIPTS = ("simplediffusion", *STRATEGIES)
 SHARED = [
     "--preset", "--checkpoint", "--data", "--data-dir", "--format", "--fisher-timestep", "--images", "--sampler",
-    "--steps", "--batch-size", "--seed", "--device", "--precision", "--metric", "--inception-weights", "--out",
+    "--steps", "--eta", "--batch-size", "--seed", "--device", "--precision", "--metric", "--inception-weights", "--out",
     "--dry-run",
 ]  # fmt: skip
 
@@ -215,8 +215,9 @@ def test_cuda_device_is_the_one_that_was_asked_for(tiny_preset, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    settled("--preset", "quick", "--device", "cuda:1")
-    assert chosen == [torch.device("cuda:1")]
+    for device, number in (("cuda:1", 1), ("cuda", 0), (None, 0)):  # torch takes no device without a number
+        settled("--preset", "quick", *(("--device", device) if device else ()))
+        assert chosen.pop() == number
 
 
 # Checkpoints

@@ -435,7 +435,7 @@ def test_main_scores_a_folder(tmp_path, monkeypatch, capsys):
     network = load_features("mnist", torch.device("cpu"))
     a, b = (metrics.extract(images, network)[0] for images in (test, real))
     expected = calculate_frechet_distance(*moments(a), *moments(b))
-    assert f"FID {expected:.3f} +- " in printed
+    assert f"FID {expected:.3f} ± " in printed
     assert f"334 images against 500 digits of mnist5k; mnist features {CLASSIFIER_SHA256[:8]}" in printed
 
 

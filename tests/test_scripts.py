@@ -1,4 +1,4 @@
-"""The five scripts and the report, from options to tables, on a network of a few seconds."""
+"""The scripts and the report, from options to tables, on a network of a few seconds."""
 
 import importlib
 import json
@@ -320,3 +320,12 @@ def test_dry_run_writes_nothing(call, tmp_path, script):
     printed = call(script, "--dry-run", "--format", "int4")
     assert "cost on this device" in printed and "uniform INT4" in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_too_few_test_digits_for_the_features_leave_their_row_out(call, trained, monkeypatch):
+    """As with Inception's 2,048 features and the 1,000 test digits of mnist5k."""
+    load = experiment.load_digits
+    monkeypatch.setattr(experiment, "load_digits", lambda *which: load(*which)[: 250 if which[1] == "test" else None])
+    printed = call("simplediffusion")
+    assert "250 test digits in mnist5k are too few" in printed and "--data mnist" in printed
+    assert "Real test digits" not in printed and "Baseline (FP32)" in printed
