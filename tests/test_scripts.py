@@ -85,7 +85,7 @@ def images_of(label, out="results/quick"):
 def assert_printed(line, row):
     for key, digits, factor in [("fid", 3, 1), ("kid", 2, 1000), ("inception_score", 3, 1)]:
         assert f"{factor * row[key]:.{digits}f} ± {factor * row[key + '_error']:.{digits}f}" in line
-    for key, digits in [("fid_difference", 3), ("psnr", 1)]:
+    for key, digits in [("fid_difference", 4), ("psnr", 1)]:
         if key in row:
             assert f"{row[key]:.{digits}f} ± {row[key + '_error']:.{digits}f}" in line
 
