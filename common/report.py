@@ -106,10 +106,10 @@ def _cells(row: dict, baseline_size: float | None) -> list[str]:
 
 
 def format_kept(rows: list[dict]) -> str:
-    """Which weights of layers 1 to 6 each quantized row keeps in FP32, and of which layer."""
+    """Which weights of layers 1 to 6 each quantized row keeps in FP32 (entropy coding: none), by layer."""
     lines = []
     for row in rows:
-        if row.get("strategy", "Baseline") == "Baseline":
+        if row.get("strategy", "Baseline") == "Baseline" or row["format"] == "entropy":
             continue
         total = sum(map(len, row["kept"].values()))
         lines.append(f"\n{row['label']} keeps {total} of 58 weights of layers 1 to 6 in FP32" + (":" if total else ""))
