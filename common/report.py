@@ -43,7 +43,9 @@ def read_rows(path: Path, absent_is_empty: bool = False) -> list[dict]:
     if not path.exists():
         if absent_is_empty:
             return []
-        raise UserError(f"{path}: no such file; the scripts make rows there: see --preset and --out")
+        raise UserError(
+            f"{path}: no such file; python simplediffusion.py makes the first rows, with this --preset and --out"
+        )
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         for row in rows:

@@ -348,7 +348,7 @@ def test_fisher_values_of_other_weights(refused, baseline, tmp_path, script):
     weights = experiment.load_model(baseline).sha256
     path = Path("results/quick") / f"fisher-{weights[:12]}.safetensors"
     ones = torch.ones(1, 1, dtype=torch.float64)
-    fisher.save(path, fisher.FisherTable(["a"], [1], ones, 2 * ones, [1], {}, "b" * 64))
+    fisher.save(path, fisher.FisherTable(["a"], [1], ones, 2 * ones, [1], {}, "b" * 64, []))
     kept = path.read_bytes()
     # Statistics of the digits may be kept by then: let them be there already.
     experiment.make_bench(settled(*QUICK))

@@ -146,7 +146,7 @@ def test_the_average_holds_no_graph(run):
 
 def test_training_lowers_the_loss(run, tiny_config):
     digits = torch.zeros(4, 32, 32, dtype=torch.uint8)  # all black: the noise is x_t but for a constant
-    config = replace(CONFIG, steps=40, lr=5e-3, batch_size=8, warmup_steps=5)
+    config = replace(CONFIG, steps=40, lr=5e-3, muon_lr=2e-2, batch_size=8, warmup_steps=5)
     _, losses = run(config, digits=digits)
     assert len(losses) == 40
     assert sum(losses[:5]) / 5 > 0.7  # a fresh network predicts next to nothing of noise of variance 1
