@@ -87,8 +87,8 @@ def build(run, bench, baseline, coding: str, limits: dict[str, int]) -> list:
         }
 
     size = baseline.size_mib() * MIB
+    least = smallest(baseline, coding, about(max(limits, key=len, default=""))) + 100  # labels of other lengths
     for asked, limit in limits.items():
-        least = smallest(baseline, coding, about(asked)) + 100  # labels of other lengths
         if limit < least:
             more, less = math.ceil(1e4 * least / MIB) / 1e4, math.floor(10 * size / least) / 10
             raise UserError(
@@ -104,8 +104,7 @@ def build(run, bench, baseline, coding: str, limits: dict[str, int]) -> list:
 
     if limits:
         return [make(asked, limit) for asked, limit in tqdm(limits.items(), desc="fitting", unit="file")]
-    most = size / (smallest(baseline, coding, about("")) + 100)
-    return search(run, bench, baseline, lambda times: make(f"{times:g}x", int(size / times)), most)
+    return search(run, bench, baseline, lambda times: make(f"{times:g}x", int(size / times)), size / least)
 
 
 def search(run, bench, baseline, make, most: float) -> list:

@@ -111,12 +111,17 @@ def entropy_coded(
 
     high = max(3 * w * values[name] ** 0.5 for name, w in largest.items())  # from here on every code is zero
     low = high * 1e-9
-    if size(encode(high)) > budget:
-        raise BudgetError(size(encode(high)))
+    best = encode(high)
+    if (smallest := size(best)) > budget:
+        raise BudgetError(smallest)
     while high / low > 1 + 1e-4:
         middle = (low * high) ** 0.5
-        low, high = (low, middle) if size(encode(middle)) <= budget else (middle, high)
-    return encode(high)
+        stored = encode(middle)
+        if size(stored) <= budget:
+            high, best = middle, stored
+        else:
+            low = middle
+    return best
 
 
 def shrink(values: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:

@@ -84,11 +84,6 @@ def decode(stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> di
     return {name: weights[name] for name in shapes}
 
 
-def largest_step(weights: dict[str, torch.Tensor]) -> dict[str, float]:
-    """For each tensor, the step from which on every code is zero."""
-    return {name: 2.0 * float(weight.abs().max()) + 1e-30 for name, weight in weights.items()}
-
-
 def _scaled(weight: torch.Tensor, step: np.float32) -> np.ndarray:
     if not step > 0:
         raise ValueError(f"a step of {step} is not positive")
