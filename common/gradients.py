@@ -8,7 +8,7 @@ the same values, more slowly.
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -97,10 +97,17 @@ def _from_activations(network, layers: dict[str, nn.Module], loss, samples) -> d
 
         return forward_hook
 
+    @torch.no_grad()
     def backward(name: str, layer: nn.Module, x: torch.Tensor, g: torch.Tensor) -> None:
         calls[name] -= 1
-        for parameter, gradient in _sample_gradients(layer, x, g):
+        for parameter, gradients_of in (("weight", _weight_gradients), ("bias", _bias_gradients)):
+            if getattr(layer, parameter) is None:
+                continue
             key = f"{name}.{parameter}".lstrip(".")
+            if parameter == "weight" and not calls[name] and key not in gradients and _norms_are_cheaper(layer, x, g):
+                squares[key] = _squared_norms(layer, x, g) / layer.weight.numel()
+                continue
+            gradient = gradients_of(layer, x, g)
             if key in gradients:
                 gradient = gradients.pop(key) + gradient
             if calls[name]:
@@ -123,24 +130,63 @@ def _from_activations(network, layers: dict[str, nn.Module], loss, samples) -> d
     return {name: squares.get(name, zeros) for name, _ in network.named_parameters()}
 
 
-@torch.no_grad()
-def _sample_gradients(layer: nn.Module, x: torch.Tensor, g: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """(parameter, gradient of each sample (N, entries)) of a layer with input `x` and output gradient `g`."""
-    n = len(x)
+def _weight_gradients(layer: nn.Module, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """(N, entries): the gradient of each sample, from the layer's input `x` and the gradient `g` of its output."""
     if isinstance(layer, nn.Linear):
-        x, g = x.reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1])  # (N, L, C)
-        yield "weight", torch.bmm(g.transpose(1, 2), x)
-        bias = g.sum(1)
-    elif isinstance(layer, nn.GroupNorm):
-        normalised = F.group_norm(x, layer.num_groups, eps=layer.eps)
-        yield "weight", (normalised * g).flatten(2).sum(2)
-        bias = g.flatten(2).sum(2)
-    else:
-        narrow, wide = (x, g) if isinstance(layer, nn.ConvTranspose2d) else (g, x)
-        shape, settings = layer.weight.shape, (layer.stride, layer.padding, layer.dilation, layer.groups)
-        # One sample at a time: the libraries' own kernel is faster than any vectorised form of it.
-        gradients = [conv2d_weight(wide[i : i + 1], shape, narrow[i : i + 1], *settings) for i in range(n)]
-        yield "weight", torch.stack(gradients).flatten(1)
-        bias = g.flatten(2).sum(2)
-    if layer.bias is not None:
-        yield "bias", bias
+        x, g = x.reshape(len(x), -1, x.shape[-1]), g.reshape(len(g), -1, g.shape[-1])  # (N, L, C)
+        return torch.bmm(g.transpose(1, 2), x).flatten(1)
+    if isinstance(layer, nn.GroupNorm):
+        return (F.group_norm(x, layer.num_groups, eps=layer.eps) * g).flatten(2).sum(2)
+    narrow, wide = _narrow_and_wide(layer, x, g)
+    shape, settings = layer.weight.shape, (layer.stride, layer.padding, layer.dilation, layer.groups)
+    # One sample at a time: the libraries' own kernel is faster than any vectorised form of it.
+    gradients = [conv2d_weight(wide[i : i + 1], shape, narrow[i : i + 1], *settings) for i in range(len(x))]
+    return torch.stack(gradients).flatten(1)
+
+
+def _bias_gradients(layer: nn.Module, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """(N, C)"""
+    return g.reshape(len(g), -1, g.shape[-1]).sum(1) if isinstance(layer, nn.Linear) else g.flatten(2).sum(2)
+
+
+def _narrow_and_wide(layer: nn.Module, x: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two sides of a convolution: at each place of the narrow one the kernel covers a patch of the wide one."""
+    return (x, g) if isinstance(layer, nn.ConvTranspose2d) else (g, x)
+
+
+def _norms_are_cheaper(layer: nn.Module, x: torch.Tensor, g: torch.Tensor) -> bool:
+    """Whether `_squared_norms` takes less arithmetic than the gradients themselves: where pixels are few."""
+    if not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) or layer.groups > 1:
+        return False
+    narrow, wide = _narrow_and_wide(layer, x, g)
+    places, kernel = narrow[0, 0].numel(), layer.weight[0, 0].numel()
+    pixels = (wide.shape[2] + 2 * layer.padding[0]) * (wide.shape[3] + 2 * layer.padding[1])
+    norms = pixels**2 * wide.shape[1] + places**2 * (narrow.shape[1] + kernel)
+    return norms < places * layer.weight.numel()
+
+
+def _squared_norms(layer: nn.Module, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """(N,): the squared norm of each sample's gradient of a convolution's weight, without the gradient.
+
+    It is the sum over pairs of places of (narrow . narrow') (patch . patch'), so the inner products of all pairs of
+    pixels do (Goodfellow 2015, "Efficient per-example gradient computations", applied to patches).
+    """
+    narrow, wide = _narrow_and_wide(layer, x, g)
+    vertical, horizontal = layer.padding
+    wide = F.pad(wide, (horizontal, horizontal, vertical, vertical))
+    (height, width), (rows, columns) = wide.shape[2:], narrow.shape[2:]
+    pixels = _inner_products(wide).view(len(x), height, width, height, width)
+    patches = 0
+    for i in range(layer.kernel_size[0]):
+        for j in range(layer.kernel_size[1]):
+            down, right = i * layer.dilation[0], j * layer.dilation[1]
+            vertical = slice(down, down + layer.stride[0] * (rows - 1) + 1, layer.stride[0])
+            horizontal = slice(right, right + layer.stride[1] * (columns - 1) + 1, layer.stride[1])
+            patches = patches + pixels[:, vertical, horizontal, vertical, horizontal]
+    return (patches.flatten(1) * _inner_products(narrow).flatten(1)).sum(1).clamp(min=0)
+
+
+def _inner_products(x: torch.Tensor) -> torch.Tensor:
+    """(N, HW, HW): of the channels at each pair of pixels of (N, C, H, W)."""
+    x = x.flatten(2)
+    return torch.bmm(x.transpose(1, 2), x)

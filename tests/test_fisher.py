@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import checkpoint, experiment, fisher
+from common import checkpoint, experiment, fisher, gradients
 from common.config import UserError, script_parser
 from common.diffusion import Schedule, denoising_loss
 from common.fisher import FisherTable, fisher_information
@@ -210,6 +210,27 @@ def test_any_module_and_loss(build):
         assert values.mean() > 0
         assert mean[name] == pytest.approx(values.mean(), rel=1e-4), name
         assert error[name] == pytest.approx(values.std(ddof=1) / np.sqrt(7), rel=1e-3), name
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(16, 24, 3, padding=1),
+        nn.Conv2d(16, 24, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(1, 2)),
+        nn.ConvTranspose2d(16, 24, 4, stride=2, padding=1),
+        nn.ConvTranspose2d(16, 24, 3, stride=2, padding=1, output_padding=1),
+    ],
+    ids=["same", "uneven", "up", "output padding"],
+)
+def test_squared_norms_equal_those_of_the_gradients(layer):
+    torch.manual_seed(4)
+    x = torch.randn(3, 16, 4, 5)
+    g = torch.randn_like(layer(x))
+    expected = []
+    for n in range(3):
+        (gradient,) = torch.autograd.grad((layer(x[n : n + 1]) * g[n : n + 1]).sum(), [layer.weight])
+        expected.append(float(gradient.double().square().sum()))
+    np.testing.assert_allclose(gradients._squared_norms(layer, x, g).detach().numpy(), expected, rtol=1e-5)
 
 
 def test_layer_that_the_loss_does_not_reach_has_no_information():
