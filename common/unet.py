@@ -28,22 +28,22 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over pixels, with neither norm nor residual; dropout on the weights in training only."""
+    """Self-attention over pixels, with neither norm nor residual.
 
-    def __init__(self, channels: int, heads: int, dropout: float):
+    Without the published dropout on the attention weights: it rules out the fused kernels.
+    """
+
+    def __init__(self, channels: int, heads: int):
         super().__init__()
         self.heads = heads
         self.proj1 = nn.Linear(channels, 3 * channels)
         self.proj2 = nn.Linear(channels, channels)
-        self.dropout = dropout
 
     def forward(self, x):  # (N, C, H, W)
         n, c, height, width = x.shape
         qkv = self.proj1(x.flatten(2).transpose(1, 2))  # (N, HW, 3C), laid out (channel in head, head, q/k/v)
         q, k, v = qkv.view(n, height * width, c // self.heads, self.heads, 3).permute(4, 0, 3, 1, 2)
-        h = F.scaled_dot_product_attention(
-            q.contiguous(), k.contiguous(), v.contiguous(), dropout_p=self.dropout if self.training else 0.0
-        )  # (N, heads, HW, C / heads)
+        h = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())  # (N, heads, HW, C / heads)
         h = self.proj2(h.permute(0, 2, 3, 1).reshape(n, height * width, c))  # (channel in head, head)
         return h.transpose(1, 2).reshape(n, c, height, width)
 
@@ -54,7 +54,7 @@ class Layer(nn.Module):
     def __init__(self, channels: int, config: UNetConfig, attention: bool, up: bool):
         super().__init__()
         self.block1 = ResidualBlock(channels, config.groups, config.dropout)
-        self.attention = Attention(channels, config.heads, config.dropout) if attention else None
+        self.attention = Attention(channels, config.heads) if attention else None
         self.block2 = ResidualBlock(channels, config.groups, config.dropout)
         if up:
             self.resample = nn.ConvTranspose2d(channels, channels // 2, 4, stride=2, padding=1)
