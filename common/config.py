@@ -31,7 +31,7 @@ class UNetConfig:
     groups: int = 32
     heads: int = 8
     attention_layers: tuple[int, ...] = (2, 6)
-    dropout: float = 0.1
+    dropout: float = 0.1  # in the residual blocks, in training
     timesteps: int = 1000
 
     def __post_init__(self):
@@ -86,7 +86,7 @@ PRESETS = {
         # Without dropout: the small network, trained for so short a time, is not expected to overfit (not compared).
         network=UNetConfig(channels=(16, 32, 64, 128, 128, 96), groups=16, heads=4, dropout=0.0),
         training=TrainingConfig(
-            data="mnist5k", batch_size=32, steps=8_000, lr=2e-3, muon_lr=5e-3, warmup_steps=100, ema=0.999
+            data="mnist5k", batch_size=64, steps=12_000, lr=2e-3, muon_lr=5e-3, warmup_steps=100, ema=0.999
         ),
         images=1_000,
         sampler="ddim",

@@ -32,12 +32,13 @@ def learning_rate_factor(config: TrainingConfig, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizers(network: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(network: nn.Module, config: TrainingConfig, precision: str) -> list[torch.optim.Optimizer]:
     """Muon for the weights of hidden layers; Adam for the first and the last layer, biases and norms."""
     outer = set(network.shallow_conv.parameters()) | set(network.output_conv.parameters())
     hidden = [p for p in network.parameters() if p.dim() > 1 and p not in outer]
     others = [p for p in network.parameters() if p.dim() == 1 or p in outer]
-    return [Muon(hidden, lr=config.muon_lr), torch.optim.Adam(others, lr=config.lr, fused=True)]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return [Muon(hidden, lr=config.muon_lr, dtype=dtype), torch.optim.Adam(others, lr=config.lr, fused=True)]
 
 
 def ema_decay(config: TrainingConfig, step: int) -> float:
@@ -99,7 +100,7 @@ def train(
             module.reset_parameters()
     network.to(device, memory_format=torch.channels_last).train()
     parameters = dict(network.named_parameters())
-    optimizers = make_optimizers(network, config)
+    optimizers = make_optimizers(network, config, precision)
     peaks = [optimizer.defaults["lr"] for optimizer in optimizers]
     ema = {name: p.detach().clone() for name, p in parameters.items()}
     losses = torch.zeros(config.steps, device=device)

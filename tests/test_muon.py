@@ -10,17 +10,18 @@ from common.muon import Muon, orthogonalize
 def test_orthogonalize_keeps_the_singular_vectors_and_sets_the_values_near_one(shape):
     matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    values = u.T @ orthogonalize(matrix) @ v.T
+    values = u.T @ orthogonalize(matrix, torch.float64) @ v.T
     assert torch.allclose(values, values.diagonal().diag(), rtol=0, atol=1e-9)  # the same vectors
     assert (values.diagonal() > 0.6).all() and (values.diagonal() < 1.3).all()
 
 
-def test_steps_equal_those_of_pytorch():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_equal_those_of_pytorch(dtype):
     """torch.optim.Muon multiplies in bfloat16, hence the tolerance: 3% of one step after three."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(12, 7, generator=generator)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    optimizers = [Muon([ours], lr=0.1), torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0)]
+    optimizers = [Muon([ours], lr=0.1, dtype=dtype), torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0)]
     for _ in range(3):
         before = ours.detach().clone()
         gradient = torch.randn(start.shape, generator=generator)
