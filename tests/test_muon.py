@@ -15,13 +15,19 @@ def test_orthogonalize_keeps_the_singular_vectors_and_sets_the_values_near_one(s
     assert (values.diagonal() > 0.6).all() and (values.diagonal() < 1.3).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_steps_equal_those_of_pytorch(dtype):
+def test_bfloat16_moves_the_result_by_a_few_percent():
+    matrix = torch.randn(96, 864, generator=torch.Generator().manual_seed(0))
+    exact, rounded = orthogonalize(matrix), orthogonalize(matrix, torch.bfloat16)
+    assert rounded.dtype == torch.bfloat16
+    assert 0 < (rounded.float() - exact).norm() < 0.05 * exact.norm()
+
+
+def test_steps_equal_those_of_pytorch():
     """torch.optim.Muon multiplies in bfloat16, hence the tolerance: 3% of one step after three."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(12, 7, generator=generator)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    optimizers = [Muon([ours], lr=0.1, dtype=dtype), torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0)]
+    optimizers = [Muon([ours], lr=0.1), torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0)]
     for _ in range(3):
         before = ours.detach().clone()
         gradient = torch.randn(start.shape, generator=generator)
