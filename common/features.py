@@ -52,9 +52,9 @@ class DigitClassifier(nn.Module):
         return features, self.head(x.mean((2, 3)))
 
     def extract(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 (N, 32, 32) to features (N, 256) and class probabilities (N, 10), float64 on the CPU."""
+        """uint8 (N, 32, 32) to features (N, 256), float32, and class probabilities (N, 10), float64, on the CPU."""
         features, logits = self(to_model_range(images.to(self.head.weight.device)))
-        return features.double().cpu(), logits.double().softmax(1).cpu()
+        return features.cpu(), logits.double().softmax(1).cpu()
 
 
 class Inception(nn.Module):
@@ -69,10 +69,10 @@ class Inception(nn.Module):
         self.register_buffer("class_weight", class_weight)  # (1008, 2048); the score leaves the bias out
 
     def extract(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 (N, 32, 32) to features (N, 2048) and class probabilities (N, 1008), float64 on the CPU."""
+        """uint8 (N, 32, 32) to features (N, 2048), float32, and class probabilities (N, 1008), float64, on the CPU."""
         x = (images.to(self.class_weight.device).float() / 255).unsqueeze(1).expand(-1, 3, -1, -1)
         features = self.network(x)[0].flatten(1)  # resized to 299 and scaled to [-1, 1] inside
-        return features.double().cpu(), (features @ self.class_weight.T).double().softmax(1).cpu()
+        return features.cpu(), (features @ self.class_weight.T).double().softmax(1).cpu()
 
 
 def load_features(metric: str, device: torch.device, inception_weights: Path | None = None) -> nn.Module:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from common import checkpoint, distributed
 from common.config import Parser, UserError, run_main
 
-CHUNK = 500
+CHUNK = 500  # images at once, so that memory beyond their features does not grow with their number
 KID_REFERENCE = 5_000  # digits at most; the kernel's cost grows with the square
 
 
@@ -87,7 +87,7 @@ def fid(features: np.ndarray, reference: Reference) -> Estimate:
     Influence of image x: 2 (m - m_r).(x - m) + (x - m)'(1 - G)(x - m), less its mean, where 1 - G is the derivative in
     the covariance C: G = R M^(-1/2) R with R the root of the reference's covariance and M = R C R.
     """
-    mean, covariance = features.mean(0), np.cov(features, rowvar=False)
+    mean, covariance = moments(features)
     root = reference.covariance_root
     values, vectors = np.linalg.eigh(root @ covariance @ root)
     kept = values > values[-1] * 1e-12
@@ -95,22 +95,28 @@ def fid(features: np.ndarray, reference: Reference) -> Estimate:
     overlap = np.sqrt(values[kept]).sum()
     value = shift @ shift + np.trace(covariance) + np.trace(reference.covariance) - 2 * overlap
 
-    centred = features - mean
-    projected = centred @ root @ vectors[:, kept]  # (N, K)
-    quadratic = (centred**2).sum(1) - (projected**2 / np.sqrt(values[kept])).sum(1)
-    influence = 2 * centred @ shift + quadratic
+    scaled_root = root @ vectors[:, kept] / values[kept] ** 0.25
+    influence = np.empty(len(features))
+    for start in range(0, len(features), CHUNK):
+        centred = features[start : start + CHUNK] - mean
+        quadratic = (centred**2).sum(1) - ((centred @ scaled_root) ** 2).sum(1)
+        influence[start : start + CHUNK] = 2 * centred @ shift + quadratic
     return Estimate(float(value), influence - influence.mean())
+
+
+def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and covariance (D, D), with N - 1, of features (N, D), in float64."""
+    mean, scatter = features.mean(0, dtype=np.float64), 0.0
+    for start in range(0, len(features), CHUNK):
+        centred = features[start : start + CHUNK] - mean
+        scatter = scatter + centred.T @ centred
+    return mean, scatter / (len(features) - 1)
 
 
 def kid(features: np.ndarray, reference: Reference) -> Estimate:
     """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, eq. 4), over all images at once."""
-    n = len(features)
-    within, across = np.empty(n), np.empty(n)
-    for start in range(0, n, CHUNK):
-        part = features[start : start + CHUNK]
-        own = _kernel(part, part).diagonal()
-        within[start : start + CHUNK] = (_kernel(part, features).sum(1) - own) / (n - 1)
-        across[start : start + CHUNK] = _kernel(part, reference.sample).mean(1)
+    within = _kernel_sums(features, features, pairs_of_itself=True) / (len(features) - 1)
+    across = _kernel_sums(features, reference.sample) / len(reference.sample)
     value = within.mean() + reference.kernel_mean - 2 * across.mean()
     influence = 2 * (within - across)
     return Estimate(float(value), influence - influence.mean())
@@ -139,12 +145,22 @@ def psnr(images: torch.Tensor, baseline: torch.Tensor) -> tuple[float, float]:
     return float(10 * np.log10(255**2 / mean)), float(10 / np.log(10) * standard_error(squared) / mean)
 
 
-def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a @ b.T / a.shape[1] + 1) ** 3
+def _kernel_sums(a: np.ndarray, b: np.ndarray, pairs_of_itself: bool = False) -> np.ndarray:
+    """(N,): for each row of a, the sum of the kernel with all rows of b, but with itself where b is a."""
+    sums = np.zeros(len(a))
+    for i in range(0, len(a), CHUNK):
+        part = a[i : i + CHUNK].astype(np.float64)
+        for j in range(0, len(b), CHUNK):
+            kernel = (part @ b[j : j + CHUNK].T / a.shape[1] + 1) ** 3
+            if pairs_of_itself and i == j:
+                np.fill_diagonal(kernel, 0.0)
+            sums[i : i + CHUNK] += kernel.sum(1)
+    return sums
 
 
 def extract(images: torch.Tensor, network: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, D) and class probabilities (N, K) of uint8 images (N, 32, 32); several processes share the work."""
+    """Features (N, D), float32, and class probabilities (N, K) of uint8 images (N, 32, 32); several processes share
+    the work."""
     chunk = CHUNK if network.name == "mnist" else 50
     parts, results = images.split(chunk), []
     with torch.inference_mode():
@@ -183,15 +199,12 @@ def load_reference(digits: torch.Tensor, network: nn.Module, cache: Path | None)
 
 def make_reference(features: np.ndarray) -> Reference:
     """Statistics of the features (N, D) of real digits."""
-    covariance = np.cov(features, rowvar=False)
+    mean, covariance = moments(features)
     chosen = np.random.default_rng(0).permutation(len(features))[:KID_REFERENCE]
     sample = features[np.sort(chosen)]
-    total = 0.0
-    for start in range(0, len(sample), CHUNK):
-        part = sample[start : start + CHUNK]
-        total += _kernel(part, sample).sum() - _kernel(part, part).trace()
-    kernel_mean = float(total / (len(sample) * (len(sample) - 1)))
-    return Reference(features.mean(0), covariance, symmetric_root(covariance), sample, kernel_mean)
+    pairs = len(sample) * (len(sample) - 1)
+    kernel_mean = float(_kernel_sums(sample, sample, pairs_of_itself=True).sum() / pairs)
+    return Reference(mean, covariance, symmetric_root(covariance), sample, kernel_mean)
 
 
 def score(images: torch.Tensor, network: nn.Module, reference: Reference) -> Scores:

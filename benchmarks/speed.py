@@ -1,23 +1,31 @@
 """Times this project's path and the published way, in turn, on the same network and the same work.
 
-    python -m common.bench --preset quick
-    python -m common.bench --preset paper --json bench.json
+    python -m benchmarks.speed --preset quick
+    python -m benchmarks.speed --preset paper --json speed.json
 
 The published way, re-created from its description: FP32, contiguous memory, one image at a time, dropout in attention
-always on, one backward pass for each Fisher sample, batches of 64 in training. Times are medians of several rounds
-after one that does not count. "of peak" is the arithmetic rate of the network as a share of this machine's own rate
-for a product of large matrices in the same precision. bfloat16 is left out where the processor emulates it.
+always on, one backward pass for each Fisher sample, batches of 64 in training, FID by pytorch-fid's command over two
+folders of PNG files (its Inception network has random weights here: the work is the same, and no FID is printed).
+Times are medians of several rounds after one that does not count; the slow FID is timed once. "of peak" is the
+arithmetic rate of the network as a share of this machine's own rate for a product of large matrices in the same
+precision. bfloat16 is left out where the processor emulates it.
 """
 
+import contextlib
+import io
 import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -26,19 +34,20 @@ from common.checkpoint import write_atomically
 from common.config import PRESETS, Parser, Preset, positive_int, run_main
 from common.device import autocast, bf16_is_faster, choose_device, set_true_fp32
 from common.diffusion import NoiseStreams, Schedule, denoising_loss, sample
-from common.experiment import training_precision
 from common.fisher import fisher_information
 from common.training import train
-from common.unet import Attention, UNet
+from common.unet import UNet
 
 PUBLISHED_BATCH = 64  # of its training
+FID_IMAGES = 100  # in each folder
+FID_WORK = f"FID of {FID_IMAGES} images"
 SAMPLING_STEPS = 2
 MATRIX = 2048
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds for one unit of work, median of the rounds; `of_peak`: share of the machine's matrix-product rate."""
+    """Seconds for one unit of work; `of_peak`: share of the machine's matrix-product rate."""
 
     work: str
     way: str
@@ -46,7 +55,7 @@ class Timing:
     of_peak: float | None
 
 
-def bench(preset: Preset, device: torch.device, rounds: int) -> list[Timing]:
+def speed(preset: Preset, device: torch.device, rounds: int) -> list[Timing]:
     """Times sampling, training and Fisher information, each in the published way and in this project's."""
     torch.manual_seed(0)
     ours = UNet(preset.network).to(device, memory_format=torch.channels_last).eval()
@@ -54,22 +63,22 @@ def bench(preset: Preset, device: torch.device, rounds: int) -> list[Timing]:
     flops = forward_flops(ours, device)
     batch = 250 if device.type == "cuda" else 50
     digits = 16 if device.type == "cpu" else 256
-    precision = training_precision(device)
     ways: dict[tuple[str, str], tuple[Callable[[], float], float, str]] = {
         # (work, way): (seconds for one unit of work, arithmetic operations of one, precision)
         ("sampling, image and step", "published"): (lambda: published_sampling(published, device), flops, "fp32"),
         ("sampling, image and step", "fp32"): (lambda: sampling(ours, device, batch, "fp32"), flops, "fp32"),
         ("sampling, image and step", "bf16"): (lambda: sampling(ours, device, batch, "bf16"), flops, "bf16"),
         ("training, digit", "published"): (lambda: published_training(preset, device), 3 * flops, "fp32"),
-        ("training, digit", precision): (lambda: training(preset, device, precision), 3 * flops, precision),
+        ("training, digit", "fp32"): (lambda: training(preset, device, "fp32"), 3 * flops, "fp32"),
+        ("training, digit", "bf16"): (lambda: training(preset, device, "bf16"), 3 * flops, "bf16"),
         ("Fisher, digit", "published"): (lambda: published_fisher(published, device), 3 * flops, "fp32"),
         ("Fisher, digit", "fp32"): (lambda: fisher(ours, device, digits), 3 * flops, "fp32"),
     }
     if not bf16_is_faster(device):
-        del ways["sampling, image and step", "bf16"]
+        ways = {key: way for key, way in ways.items() if way[2] != "bf16"}
     peaks = {used: [] for _, _, used in ways.values()}
     times = {key: [] for key in ways}
-    for round_ in tqdm(range(rounds + 1), desc="bench", unit="round"):
+    for round_ in tqdm(range(rounds + 1), desc="speed", unit="round"):
         for used, rates in peaks.items():
             rates.append(matrix_rate(device, used))
         for key, (work, _, _) in ways.items():
@@ -83,7 +92,7 @@ def bench(preset: Preset, device: torch.device, rounds: int) -> list[Timing]:
     for (work, way), (_, operations, used) in ways.items():
         seconds = statistics.median(times[work, way])
         result.append(Timing(work, way, seconds, operations / seconds / max(peaks[used])))
-    return result
+    return result + fid_timings(device)
 
 
 def forward_flops(network: UNet, device: torch.device) -> float:
@@ -116,23 +125,24 @@ def matrix_rate(device: torch.device, precision: str) -> float:
     return 2 * MATRIX**3 / timed(device, lambda: a @ b)
 
 
+def with_dropout():
+    """Context: attention as published, with dropout on its weights at all times."""
+    attention = partial(F.scaled_dot_product_attention, dropout_p=0.1)
+    return mock.patch.object(F, "scaled_dot_product_attention", attention)
+
+
 @torch.no_grad()
 def published_sampling(network: UNet, device: torch.device) -> float:
-    """One image at a time, attention with dropout."""
+    """One image at a time."""
     schedule, x = Schedule(network.config.timesteps), torch.randn(1, 1, 32, 32, device=device)
-    attention = [module for module in network.modules() if isinstance(module, Attention)]
 
     def steps():
         for t in range(SAMPLING_STEPS, 0, -1):
             eps = network(x, torch.full((1,), t, device=device))
             schedule.ddpm_step(x, eps, t, torch.randn_like(x))
 
-    for module in attention:
-        module.train()
-    seconds = timed(device, steps)
-    for module in attention:
-        module.eval()
-    return seconds / SAMPLING_STEPS
+    with with_dropout():
+        return timed(device, steps) / SAMPLING_STEPS
 
 
 def sampling(network: UNet, device: torch.device, batch: int, precision: str) -> float:
@@ -161,8 +171,9 @@ def published_training(preset: Preset, device: torch.device) -> float:
             for average, parameter in zip(averages, parameters, strict=True):
                 average.mul_(0.9999).add_(0.0001 * parameter)
 
-    step()
-    return timed(device, step) / PUBLISHED_BATCH
+    with with_dropout():
+        step()
+        return timed(device, step) / PUBLISHED_BATCH
 
 
 def training(preset: Preset, device: torch.device, precision: str) -> float:
@@ -184,7 +195,8 @@ def published_fisher(network: UNet, device: torch.device, digits: int = 2) -> fl
             denoising_loss(network, Schedule(), x0, t, noise).sum().backward()
             [p.grad.square().mean() for p in network.parameters()]
 
-    seconds = timed(device, each) / digits
+    with with_dropout():
+        seconds = timed(device, each) / digits
     network.zero_grad()
     return seconds
 
@@ -204,18 +216,54 @@ def fisher_samples(network: UNet, device: torch.device, digits: int) -> tuple[to
     return x0, torch.full((digits,), 1, device=device), noise
 
 
+def fid_timings(device: torch.device) -> list[Timing]:
+    """Seconds for the FID of FID_IMAGES images against as many digits: pytorch-fid's command, and here, where the
+    digits' statistics are kept from run to run. Untrained Inception weights stand for the real ones in both."""
+    from PIL import Image
+    from pytorch_fid import fid_score, inception
+
+    from common.features import Inception, load_features
+    from common.metrics import extract, fid, make_reference
+
+    images = torch.randint(0, 256, (2 * FID_IMAGES, 32, 32), dtype=torch.uint8)
+    with (
+        TemporaryDirectory() as folder,
+        mock.patch.object(inception, "load_state_dict_from_url"),
+        mock.patch.object(nn.Module, "load_state_dict"),
+        contextlib.redirect_stderr(io.StringIO()),  # its progress bars
+    ):
+        halves = [Path(folder) / half for half in ("generated", "real")]
+        for half in halves:
+            half.mkdir()
+        for i, image in enumerate(images.numpy()):
+            Image.fromarray(image).save(halves[i % 2] / f"{i}.png")
+        paths = [str(half) for half in halves]
+        published = timed(
+            device, lambda: fid_score.calculate_fid_given_paths(paths, 50, device, Inception.dimensions, num_workers=2)
+        )
+        network = inception.InceptionV3([inception.InceptionV3.BLOCK_INDEX_BY_DIM[Inception.dimensions]])
+    inception_network = Inception(network.eval(), torch.zeros(1008, Inception.dimensions)).to(device)
+    timings = [Timing(FID_WORK, "published", published, None)]
+    for network in (inception_network, load_features("mnist", device, None)):
+        reference = make_reference(extract(images, network)[0])
+        seconds = timed(device, lambda: fid(extract(images[::2], network)[0], reference))  # noqa: B023, runs at once
+        timings.append(Timing(FID_WORK, network.name, seconds, None))
+    return timings
+
+
 def format_timings(timings: list[Timing]) -> str:
     """A table; each way's speed is that of the published way over it."""
     published = {t.work: t.seconds for t in timings if t.way == "published"}
     lines = [f"{'work':34}{'way':>11}{'ms':>11}{'faster':>9}{'of peak':>9}"]
     for t in timings:
+        peak = "-" if t.of_peak is None else f"{t.of_peak:.1%}"
         ratio = f"{published[t.work] / t.seconds:.2f}x" if t.work in published else "-"
-        lines.append(f"{t.work:34}{t.way:>11}{1000 * t.seconds:>11.3f}{ratio:>9}{t.of_peak:>9.1%}")
+        lines.append(f"{t.work:34}{t.way:>11}{1000 * t.seconds:>11.3f}{ratio:>9}{peak:>9}")
     return "\n".join(lines)
 
 
 def main():
-    parser = Parser(prog="python -m common.bench", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.speed", description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="quick")
     parser.add_argument("--device", default=None, help="cpu or cuda; default: cuda where available, else cpu")
     parser.add_argument("--rounds", type=positive_int, default=5, help="that count")
@@ -223,7 +271,7 @@ def main():
     options = parser.parse_args()
     set_true_fp32()
     device = choose_device(options.device)
-    timings = bench(PRESETS[options.preset], device, options.rounds)
+    timings = speed(PRESETS[options.preset], device, options.rounds)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"preset {options.preset}; {name}; torch {torch.__version__}; {options.rounds} rounds")
     print(format_timings(timings))

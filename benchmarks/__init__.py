@@ -1,0 +1,1 @@
+"""What the software takes: time, steps, memory."""

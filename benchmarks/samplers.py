@@ -1,0 +1,58 @@
+"""FID against the number of sampling steps: the baseline under DDPM over all of them, and under DDIM over fewer.
+
+    python -m benchmarks.samplers --preset quick --ddim 10 20 50 100 250
+
+Names the fewest steps whose FID lies within one standard error of DDPM's. The rows join results.jsonl.
+"""
+
+from dataclasses import replace
+
+from common.config import positive_int, run_main, script_parser
+
+
+def main():
+    parser = script_parser(__doc__)
+    parser.add_argument("--ddim", type=positive_int, nargs="+", default=[10, 20, 50, 100, 250], metavar="N")
+    options = parser.parse_args()
+    if options.sampler or options.steps:
+        parser.error("--sampler, --steps: every sampler is compared; give the numbers of steps with --ddim")
+
+    from common import distributed, report
+    from common.experiment import load_baseline, make_bench, make_row, measure, print_sizes, settle
+
+    options.steps = max(options.ddim)
+    run = settle(options)
+    if run.dry_run:
+        print_sizes(run)
+        return
+    baseline, bench = load_baseline(run), make_bench(run)
+    samplings = [replace(run.sampling, steps=steps) for steps in sorted(options.ddim)]
+    samplings.append(replace(run.sampling, sampler="ddpm", steps=run.preset.network.timesteps, eta=1.0))
+    rows, fids = [], []
+    for sampling in samplings:
+        one = replace(run, sampling=sampling)
+        measured = measure(one, bench, baseline)
+        rows.append(make_row(one, bench, baseline, measured, None))
+        fids.append(measured.scores.fid)
+    if distributed.rank() == 0:
+        report.add_rows(run.out / "results.jsonl", rows)
+    print(format_samplers(rows, [fid.minus(fids[-1]) for fid in fids]))
+
+
+def format_samplers(rows: list[dict], differences: list[tuple[float, float]]) -> str:
+    """A table of rows, the last of them DDPM's, with (difference of FID to it, standard error) of each."""
+    lines = [f"\n{'sampler':24}{'FID':>18}{'FID - DDPM':>18}{'Score':>18}"]
+    near = []
+    for row, (difference, error) in zip(rows, differences, strict=True):
+        method = f"{row['sampler']} {row['steps']}, eta {row['eta']:g}"
+        fid = f"{row['fid']:.3f} ± {row['fid_error']:.3f}"
+        score = f"{row['inception_score']:.3f} ± {row['inception_score_error']:.3f}"
+        lines.append(f"{method:24}{fid:>18}{f'{difference:+.3f} ± {error:.3f}':>18}{score:>18}")
+        if difference <= error:
+            near.append(row["steps"])
+    lines.append(f"fewest steps whose FID is within one standard error of DDPM's: {min(near)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,67 @@
+"""What the benchmarks print and how they count; times themselves belong to them, not here."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import memory, samplers, speed
+from common.config import PRESETS
+from common.unet import UNet
+
+
+def run(module, monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+    module.main()
+    return capsys.readouterr().out
+
+
+def test_operations_of_the_paper_network_are_those_known():
+    network = UNet(PRESETS["paper"].network).eval()
+    attention = 4 * 256**2 * (128 + 384)  # two products of 256 pixels by 256 in each layer that has it
+    assert speed.forward_flops(network, torch.device("cpu")) == pytest.approx(7.13e9 + attention, rel=0.001)
+
+
+def test_speed_names_each_way_and_compares_it_with_the_published_one(tiny_preset, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(speed, "MATRIX", 64)
+    monkeypatch.setattr(speed, "fid_timings", lambda device: [speed.Timing("FID", "published", 6.0, None)])
+    monkeypatch.setattr(speed, "bf16_is_faster", lambda device: False)
+    printed = run(speed, monkeypatch, capsys, "--preset", "quick", "--rounds", "1", "--json", str(tmp_path / "s.json"))
+    timings = json.loads((tmp_path / "s.json").read_text())["timings"]
+    ways = [(t["work"], t["way"]) for t in timings]
+    assert len(ways) == len(set(ways)) == 8
+    assert {way for _, way in ways} == {"published", "fp32"}
+    assert all(t["seconds"] > 0 for t in timings)
+    for timing in timings:
+        assert timing["work"] in printed
+    table = speed.format_timings([speed.Timing("a", "published", 3.0, 0.5), speed.Timing("a", "fp32", 0.5, None)])
+    assert table.splitlines()[1].split() == ["a", "published", "3000.000", "1.00x", "50.0%"]
+    assert table.splitlines()[2].split() == ["a", "fp32", "500.000", "6.00x", "-"]
+
+
+def test_published_way_drops_attention_weights_at_all_times(tiny_network):
+    x, t = torch.randn(2, 1, 32, 32), torch.tensor([3, 700])
+    with torch.inference_mode():
+        plain = tiny_network(x, t)
+        with speed.with_dropout():
+            assert not torch.equal(tiny_network(x, t), tiny_network(x, t))
+        assert torch.equal(tiny_network(x, t), plain)
+
+
+def test_samplers_names_the_fewest_steps_that_are_near():
+    rows = [
+        {"sampler": sampler, "steps": steps, "eta": 1.0, "fid": fid, "fid_error": 0.01}
+        | {"inception_score": 9.0, "inception_score_error": 0.1}
+        for sampler, steps, fid in (("ddim", 10, 0.4), ("ddim", 50, 0.21), ("ddim", 100, 0.2), ("ddpm", 1000, 0.2))
+    ]
+    printed = samplers.format_samplers(rows, [(0.2, 0.02), (0.01, 0.02), (0.0, 0.02), (0.0, 0.0)]).splitlines()
+    assert printed[-1].endswith("DDPM's: 50")
+    assert " ".join(printed[2].split()) == "ddim 10, eta 1 0.400 ± 0.010 +0.200 ± 0.020 9.000 ± 0.100"
+
+
+def test_memory_prints_a_line_for_each_work(tiny_preset, monkeypatch, capsys):
+    printed = run(memory, monkeypatch, capsys, "--images", "260").splitlines()
+    assert printed[2].split() == ["images", "260"]
+    for line, work in zip(printed[3:], memory.WORKS, strict=True):
+        assert line.split()[0] == work and all(float(mib) > 50 for mib in line.split()[1:])
