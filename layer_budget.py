@@ -5,8 +5,9 @@
     python layer_budget.py --size 0.8 --coding fixed    # a width for each tensor, a file of at most 0.8 MiB
 
 An error dw of a weight costs F dw^2. --coding entropy rounds each tensor to multiples of a step proportional to
-1 / sqrt(F) and entropy-codes the result; --coding fixed chooses for each tensor one of fp32, fp16 and int8 to int2, the
-best choice there is under the size. The file counts, with all that is in it.
+1 / sqrt(F), each error made good by the neighbours that are rounded later, and entropy-codes the result; --coding fixed
+chooses for each tensor one of fp32, fp16 and int8 to int2, the best choice there is under the size. The file counts,
+with all that is in it.
 """
 
 import math
@@ -14,18 +15,21 @@ import math
 from common.config import UserError, bounded_float, run_main, script_parser
 
 
-def entropy_coded(baseline, values: dict[str, float], about: dict, limit: int):
-    """The model with steps by Fisher `values` whose file has at most `limit` bytes. Raises BudgetError."""
+def entropy_coded(baseline, values: dict[str, float], about: dict, limit: int, feedback=None):
+    """The model with steps by Fisher `values`, rounded by `feedback`, whose file has at most `limit` bytes. Raises
+    BudgetError."""
     from common import budget
     from common.model import Model, file_bytes
 
     def model(stored) -> Model:
         return Model(baseline.config, stored, dict.fromkeys(baseline.state, "entropy"), about)
 
-    return model(budget.entropy_coded(baseline.state, values, lambda stored: file_bytes(model(stored)), limit))
+    return model(
+        budget.entropy_coded(baseline.state, values, lambda stored: file_bytes(model(stored)), limit, feedback)
+    )
 
 
-def fixed_widths(baseline, values: dict[str, float], about: dict, limit: int):
+def fixed_widths(baseline, values: dict[str, float], about: dict, limit: int, feedback=None):
     """The model with one format for each tensor whose file has at most `limit` bytes. Raises BudgetError."""
     from dataclasses import replace
 
@@ -71,7 +75,7 @@ def build(run, bench, baseline, coding: str, limits: dict[str, int]) -> list:
     from tqdm import tqdm
 
     from common import budget
-    from common.experiment import fisher_table
+    from common.experiment import fisher_table, rounding_feedback
     from common.model import MIB
 
     def about(setting: str) -> dict:
@@ -99,8 +103,10 @@ def build(run, bench, baseline, coding: str, limits: dict[str, int]) -> list:
     shrunk = budget.shrink(*table.estimates(run.fisher_timestep))
     values = dict(zip(table.names, shrunk.tolist(), strict=True))
 
+    feedback = rounding_feedback(run, baseline) if coding == "entropy" else None
+
     def make(setting: str, limit: int):
-        return CODINGS[coding](baseline, values, about(setting), limit)
+        return CODINGS[coding](baseline, values, about(setting), limit, feedback)
 
     if limits:
         return [make(asked, limit) for asked, limit in tqdm(limits.items(), desc="fitting", unit="file")]

@@ -11,6 +11,7 @@ import torch
 from scipy import optimize, sparse
 
 from common import entropy
+from common.feedback import Feedback
 from common.quantization import fake_quantize, stored_bytes
 
 WIDTHS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp16", "fp32")
@@ -94,33 +95,43 @@ def entropy_coded(
     values: dict[str, float],
     size: Callable[[dict[str, torch.Tensor]], int],
     budget: int,
+    feedback: dict[str, Feedback] | None = None,
 ) -> dict[str, torch.Tensor]:
     """`entropy.encode` of FP32 `weights` with steps by their Fisher `values`, in at most `budget` bytes.
 
-    size: the bytes of what is stored. At high resolution the least sum of F step^2 / 12 for its entropy has steps
-    proportional to 1 / sqrt(F), so one factor remains to be found. Raises BudgetError.
+    size: the bytes of what is stored; feedback: of the weights that are rounded by it. At high resolution the least sum
+    of F step^2 / 12 for its entropy has steps proportional to 1 / sqrt(F), so one factor remains to be found. Raises
+    BudgetError.
     """
     largest = {name: max(1e-30, float(weight.abs().max())) for name, weight in weights.items()}
 
-    def encode(factor: float) -> dict[str, torch.Tensor]:
+    def encode(factor: float, feedback: dict[str, Feedback] | None) -> dict[str, torch.Tensor]:
         steps = {}
         for name, w in largest.items():
             finest, all_zero = 1.01 * w / entropy.LARGEST_CODE, 3 * w
             steps[name] = min(max(factor / values[name] ** 0.5, finest), all_zero)
-        return entropy.encode(weights, steps)
+        return entropy.encode(weights, steps, feedback)
 
-    high = max(3 * w * values[name] ** 0.5 for name, w in largest.items())  # from here on every code is zero
-    low = high * 1e-9
-    best = encode(high)
+    coarsest = max(3 * w * values[name] ** 0.5 for name, w in largest.items())  # from here on every code is zero
+    best = encode(coarsest, None)
     if (smallest := size(best)) > budget:
         raise BudgetError(smallest)
-    while high / low > 1 + 1e-4:
-        middle = (low * high) ** 0.5
-        stored = encode(middle)
-        if size(stored) <= budget:
-            high, best = middle, stored
-        else:
-            low = middle
+
+    def search(low: float, high: float, tolerance: float, feedback: dict[str, Feedback] | None) -> float:
+        """The smallest factor in low..high, to within `tolerance`, whose size fits; keeps what it gave."""
+        nonlocal best
+        while high / low > 1 + tolerance:
+            middle = (low * high) ** 0.5
+            stored = encode(middle, feedback)
+            if size(stored) <= budget:
+                high, best = middle, stored
+            else:
+                low = middle
+        return high
+
+    factor = search(coarsest * 1e-9, coarsest, 1e-4, None)
+    if feedback:  # a little longer or shorter than entry by entry
+        search(factor / 1.2, factor * 1.2, 1e-3, feedback)
     return best
 
 

@@ -5,18 +5,21 @@ frequencies stay small at any step. Symbols are coded by asymmetric numeral syst
 constriction. 1-D tensors, too small for a table each, share one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import constriction
 import numpy as np
 import torch
 
+from common.feedback import Feedback, toward_zero
+
 DIRECT = 16  # magnitudes below it are symbols of their own
 LARGEST_CODE = 2**24 - 1  # of the integers that float32 holds exactly
 # Steps proportional to 1 / sqrt(F) spend squared error F step^2 / 12 for entropy -log2(step); this is the price of a
 # bit in units of F step^2 at which both move together.
 PRICE_OF_A_BIT = np.log(2) / 6
+FEEDBACK_REACH = 2**16  # codes beyond it are of steps so fine that they are rounded entry by entry
 
 
 @dataclass(frozen=True)
@@ -34,20 +37,26 @@ def groups_of(shapes: dict[str, torch.Size]) -> list[Group]:
     return alone + ([Group(small, [shapes[name].numel() for name in small])] if small else [])
 
 
-def encode(weights: dict[str, torch.Tensor], steps: dict[str, float]) -> dict[str, torch.Tensor]:
+def encode(
+    weights: dict[str, torch.Tensor], steps: dict[str, float], feedback: dict[str, Feedback] | None = None
+) -> dict[str, torch.Tensor]:
     """What a file stores of FP32 `weights`, each rounded to multiples of its step.
 
-    Where the next code toward zero is so much shorter that it pays for its error, it is taken (rate-distortion
-    optimised quantization, Sullivan & Wiegand 1998, at the price that the steps themselves imply).
+    Where the next code toward zero is so much shorter that it pays for its error, it is taken, at the price that the
+    steps themselves imply. Weights that have `feedback` are rounded by it, the others entry by entry.
     Raises ValueError for a step that is not positive or so small that codes pass LARGEST_CODE.
     """
+    feedback = feedback or {}
     coder = constriction.stream.stack.AnsCoder()
     rounded_steps = {name: np.float32(steps[name]) for name in weights}
     ranges, tables, remainders = [], [], []
     coded = []
     for group in groups_of({name: weight.shape for name, weight in weights.items()}):
         scaled = np.concatenate([_scaled(weights[name], rounded_steps[name]) for name in group.names])
-        symbols, extra, widths = _split(_choose_codes(scaled))
+        codes = _choose_codes(scaled)
+        if (rounding := feedback.get(group.names[0])) is not None and abs(codes).max() < FEEDBACK_REACH:
+            codes = _choose_with_feedback(weights[group.names[0]].shape, scaled, codes, rounding)
+        symbols, extra, widths = _split(codes)
         low, table = _table(symbols)
         ranges.append((low, len(table)))
         tables.append(table)
@@ -94,21 +103,41 @@ def _scaled(weight: torch.Tensor, step: np.float32) -> np.ndarray:
 
 
 def _choose_codes(scaled: np.ndarray, rounds: int = 3) -> np.ndarray:
-    """Integers near `scaled`: the nearest, or the next toward zero where its fewer bits pay for its error."""
+    """Integers near `scaled`, entry by entry."""
     codes = np.rint(scaled).astype(np.int64)
     for _ in range(rounds):
-        symbols, _, _ = _split(codes)
-        low, table = _table(symbols)
-        lengths = -np.log2(_frequencies(table).clip(0.5) / _frequencies(table).sum())
-
-        def bits(candidate, low=low, lengths=lengths):
-            symbols, _, widths = _split(candidate)
-            return lengths[symbols - low] + widths
-
-        lower = codes - np.sign(codes)
-        gain = (scaled - lower) ** 2 - (scaled - codes) ** 2 + PRICE_OF_A_BIT * (bits(lower) - bits(codes))
-        codes = np.where((gain < 0) & (abs(scaled - lower) < 1), lower, codes)
+        codes = toward_zero(scaled, codes, _code_lengths(codes), PRICE_OF_A_BIT)
     return codes
+
+
+def _choose_with_feedback(
+    shape: torch.Size, scaled: np.ndarray, codes: np.ndarray, feedback: Feedback, rounds: int = 2
+) -> np.ndarray:
+    """Integers near `scaled` (entries of a weight of `shape`), by feedback; `codes`: those chosen entry by entry."""
+    rows = feedback.rows(torch.from_numpy(scaled).reshape(shape)).numpy()
+    for _ in range(rounds):
+        codes = feedback.round(rows, _code_lengths(codes.ravel()), PRICE_OF_A_BIT)
+    return np.ascontiguousarray(feedback.weight(codes, shape)).ravel()
+
+
+def _code_lengths(codes: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """A function: the bits that each of its codes would take beside `codes`; one that has no symbol there takes as
+    many as the rarest."""
+    symbols, _, _ = _split(codes)
+    low, table = _table(symbols)
+    frequencies = _frequencies(table)
+    lengths = -np.log2(frequencies.clip(0.5) / frequencies.sum())
+
+    def bits(candidates: np.ndarray) -> np.ndarray:
+        symbols, _, widths = _split(candidates)
+        known = (symbols >= low) & (symbols < low + len(table))
+        return np.where(known, lengths[(symbols - low).clip(0, len(table) - 1)], lengths.max()) + widths
+
+    reach = 2 * int(abs(codes).max()) + DIRECT  # feedback may carry codes beyond the largest
+    if reach > FEEDBACK_REACH:
+        return bits
+    table_of_bits = bits(np.arange(-reach, reach + 1))
+    return lambda candidates: table_of_bits[(candidates + reach).clip(0, 2 * reach)]
 
 
 def _split(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -20,6 +20,8 @@ from common.data import load_digits, to_model_range
 from common.device import autocast, bf16_is_faster, choose_device, derive_seed, set_true_fp32
 from common.diffusion import NoiseStreams, Schedule, denoising_loss
 from common.features import load_features
+from common.feedback import Feedback, measure_feedback
+from common.gradients import SampleLoss
 from common.layers import layer_of, layer_weights
 from common.metrics import Reference, Scores, describe, load_reference, psnr, require_enough, score
 from common.model import MIB, Model, full_precision, load_model, save_model, size_mib, tensor_shapes
@@ -300,24 +302,43 @@ def fisher_table(run: Run, model: Model) -> fisher.FisherTable:
         table = fisher.load(path, weights)
         if table.settings == settings:
             return table
-    digits = to_model_range(load_digits(run.data, "train", run.data_dir))
-    generator = torch.Generator().manual_seed(derive_seed(FISHER_SEED, "fisher"))
-    chosen = torch.randperm(len(digits), generator=generator)
-
-    def samples(timestep: int, n: int):
-        noise = NoiseStreams(derive_seed(FISHER_SEED, "fisher", timestep), range(n)).draw(run.device)
-        return digits[chosen[:n]].to(run.device), torch.full((n,), timestep, device=run.device), noise
-
-    batches = {1: samples(1, preset.fisher_digits)} | {t: samples(t, preset.fisher_grid_digits) for t in grid}
+    digits = load_digits(run.data, "train", run.data_dir)
+    batches = {1: _noised(run, digits, [1] * preset.fisher_digits)} | {
+        t: _noised(run, digits, [t] * preset.fisher_grid_digits) for t in grid
+    }
     network = model.network().to(run.device)
-
-    def loss(call, x0, t, noise):
-        return denoising_loss(call, schedule, x0, t, noise)
-
-    table = fisher.measure(network, loss, batches, weights, settings, schedule.image_weights(grid))
+    table = fisher.measure(network, _diffusion_loss(schedule), batches, weights, settings, schedule.image_weights(grid))
     if distributed.rank() == 0:
         fisher.save(path, table)
     return table
+
+
+def rounding_feedback(run: Run, model: Model) -> dict[str, Feedback]:
+    """What rounding by feedback needs to know of the baseline's weights, from real digits.
+
+    Timesteps lie as densely as they weigh in the finished image.
+    """
+    schedule, n = Schedule(model.config.timesteps), run.preset.fisher_digits
+    share = np.cumsum(schedule.image_weights(list(range(schedule.timesteps))))
+    timesteps = np.searchsorted(share / share[-1], (np.arange(n) + 0.5) / n)
+    network = model.network().to(run.device)
+    samples = _noised(run, load_digits(run.data, "train", run.data_dir), timesteps.tolist())
+    return measure_feedback(network, _diffusion_loss(schedule), samples)
+
+
+def _noised(run: Run, digits: torch.Tensor, timesteps: list[int]) -> tuple[torch.Tensor, ...]:
+    """What `_diffusion_loss` takes: some of `digits` (uint8), always the same, timesteps (N,), and noise."""
+    generator = torch.Generator().manual_seed(derive_seed(FISHER_SEED, "fisher"))
+    chosen, n = torch.randperm(len(digits), generator=generator), len(timesteps)
+    noise = NoiseStreams(derive_seed(FISHER_SEED, "fisher", timesteps[0]), range(n)).draw(run.device)
+    return to_model_range(digits[chosen[:n]]).to(run.device), torch.tensor(timesteps, device=run.device), noise
+
+
+def _diffusion_loss(schedule: Schedule) -> SampleLoss:
+    def loss(call, x0, t, noise):
+        return denoising_loss(call, schedule, x0, t, noise)
+
+    return loss
 
 
 @dataclass(frozen=True)

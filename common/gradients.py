@@ -77,15 +77,55 @@ def _vectorised(network, loss, samples) -> dict[str, torch.Tensor]:
 
 
 def _is_known(layer: nn.Module) -> bool:
-    if type(layer) in (nn.Conv2d, nn.ConvTranspose2d):
-        return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    return type(layer) in (nn.Linear, nn.GroupNorm)
+    return is_plain_convolution(layer) or type(layer) in (nn.Linear, nn.GroupNorm)
+
+
+def is_plain_convolution(layer: nn.Module) -> bool:
+    """Whether it is one of two dimensions, padded with a number of zeros."""
+    known = type(layer) in (nn.Conv2d, nn.ConvTranspose2d)
+    return known and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def _from_activations(network, layers: dict[str, nn.Module], loss, samples) -> dict[str, torch.Tensor]:
-    calls: Counter[str] = Counter()
     gradients: dict[str, torch.Tensor] = {}  # of layers that are called more than once, until the last call is in
     squares: dict[str, torch.Tensor] = {}
+
+    def visit(name: str, layer: nn.Module, x: torch.Tensor, g: torch.Tensor, calls_left: int) -> None:
+        for parameter, gradients_of in (("weight", _weight_gradients), ("bias", _bias_gradients)):
+            if getattr(layer, parameter) is None:
+                continue
+            key = f"{name}.{parameter}".lstrip(".")
+            if parameter == "weight" and not calls_left and key not in gradients and _norms_are_cheaper(layer, x, g):
+                squares[key] = _squared_norms(layer, x, g) / layer.weight.numel()
+                continue
+            gradient = gradients_of(layer, x, g)
+            if key in gradients:
+                gradient = gradients.pop(key) + gradient
+            if calls_left:
+                gradients[key] = gradient
+            else:
+                squares[key] = gradient.flatten(1).square().mean(1)
+
+    visit_layers(network, layers, loss, samples, visit)
+    zeros = samples[0].new_zeros(len(samples[0]), dtype=torch.float32)  # a layer that the loss does not reach
+    return {name: squares.get(name, zeros) for name, _ in network.named_parameters()}
+
+
+def visit_layers(
+    network: nn.Module,
+    layers: dict[str, nn.Module],
+    loss: SampleLoss,
+    samples: tuple[torch.Tensor, ...],
+    visit: Callable[[str, nn.Module, torch.Tensor, torch.Tensor, int], None],
+) -> None:
+    """Calls visit(name, layer, x, g, calls_left) for each call of each of `layers`, last call first: x is its input, g
+    the gradient of the summed loss by its output. Leaves no gradients behind."""
+    calls: Counter[str] = Counter()
+
+    @torch.no_grad()
+    def backward(name: str, layer: nn.Module, x: torch.Tensor, g: torch.Tensor) -> None:
+        calls[name] -= 1
+        visit(name, layer, x, g, calls[name])
 
     def watch(name: str):
         def forward_hook(layer, inputs, output):
@@ -96,24 +136,6 @@ def _from_activations(network, layers: dict[str, nn.Module], loss, samples) -> d
             return output
 
         return forward_hook
-
-    @torch.no_grad()
-    def backward(name: str, layer: nn.Module, x: torch.Tensor, g: torch.Tensor) -> None:
-        calls[name] -= 1
-        for parameter, gradients_of in (("weight", _weight_gradients), ("bias", _bias_gradients)):
-            if getattr(layer, parameter) is None:
-                continue
-            key = f"{name}.{parameter}".lstrip(".")
-            if parameter == "weight" and not calls[name] and key not in gradients and _norms_are_cheaper(layer, x, g):
-                squares[key] = _squared_norms(layer, x, g) / layer.weight.numel()
-                continue
-            gradient = gradients_of(layer, x, g)
-            if key in gradients:
-                gradient = gradients.pop(key) + gradient
-            if calls[name]:
-                gradients[key] = gradient
-            else:
-                squares[key] = gradient.flatten(1).square().mean(1)
 
     trainable = [p for p in network.parameters() if p.requires_grad]
     hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
@@ -126,8 +148,6 @@ def _from_activations(network, layers: dict[str, nn.Module], loss, samples) -> d
             hook.remove()
         for parameter in trainable:
             parameter.requires_grad_()
-    zeros = samples[0].new_zeros(len(samples[0]), dtype=torch.float32)  # a layer that the loss does not reach
-    return {name: squares.get(name, zeros) for name, _ in network.named_parameters()}
 
 
 def _weight_gradients(layer: nn.Module, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
@@ -156,7 +176,7 @@ def _narrow_and_wide(layer: nn.Module, x: torch.Tensor, g: torch.Tensor) -> tupl
 
 def _norms_are_cheaper(layer: nn.Module, x: torch.Tensor, g: torch.Tensor) -> bool:
     """Whether `_squared_norms` takes less arithmetic than the gradients themselves: where pixels are few."""
-    if not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) or layer.groups > 1:
+    if not is_plain_convolution(layer) or layer.groups > 1:
         return False
     narrow, wide = _narrow_and_wide(layer, x, g)
     places, kernel = narrow[0, 0].numel(), layer.weight[0, 0].numel()

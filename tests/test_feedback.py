@@ -1,0 +1,121 @@
+"""Rounding by feedback against Babai's nearest plane, which it is, and against the layers whose inputs it looks at."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import entropy
+from common.feedback import DAMPING, Feedback, make_feedback, measure_feedback, patches_of
+
+
+def no_bits(codes):
+    return np.zeros(codes.shape)
+
+
+def correlated_moment(size, seed=0):
+    factor = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return factor @ factor.T + 3 * torch.ones(size, size, dtype=torch.float64)
+
+
+def damped(moment):
+    return (moment + DAMPING * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)).numpy()
+
+
+def nearest_plane(target, moment):
+    """Babai's nearest plane for the lattice of integers under the norm x' M x, the last coordinate first."""
+    basis = np.linalg.cholesky(moment).T  # columns are the images of the unit vectors
+    q, r = np.linalg.qr(basis)
+    y, codes = q.T @ basis @ target, np.zeros(len(target))
+    for i in reversed(range(len(target))):
+        codes[i] = np.rint((y[i] - r[i, i + 1 :] @ codes[i + 1 :]) / r[i, i])
+    return codes
+
+
+def test_equals_the_nearest_plane():
+    moment = correlated_moment(9)
+    feedback = make_feedback(moment)
+    rows = np.random.default_rng(0).normal(size=(20, 9)) * 3
+    codes = feedback.round(rows, no_bits, 0.0)
+    # The nearest plane begins with the last coordinate, feedback with the first of its order.
+    backwards = feedback.order[::-1]
+    matrix = damped(moment)[np.ix_(backwards, backwards)]
+    expected = np.stack([nearest_plane(row[backwards], matrix) for row in rows])
+    assert np.array_equal(codes[:, backwards], expected)
+    error, plain = rows - codes, rows - np.rint(rows)
+    assert np.einsum("ri,ij,rj", error, damped(moment), error) < 0.7 * np.einsum(
+        "ri,ij,rj", plain, damped(moment), plain
+    )
+
+
+def test_inputs_that_do_not_meet_are_rounded_each_by_itself():
+    feedback = make_feedback(torch.diag(torch.tensor([4.0, 1.0, 2.0, 3.0])))
+    rows = np.random.default_rng(0).normal(size=(50, 4)) * 3
+    assert np.array_equal(feedback.round(rows, no_bits, 0.0), np.rint(rows))
+
+
+def test_layer_without_input_is_rounded_to_the_nearest():
+    feedback = make_feedback(torch.zeros(4, 4))
+    rows = np.random.default_rng(0).normal(size=(50, 4)) * 3
+    assert np.array_equal(feedback.round(rows, no_bits, 0.0), np.rint(rows))
+
+
+LAYERS = {
+    "same": nn.Conv2d(3, 5, 3, padding=1),
+    "down": nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(1, 2)),
+    "up": nn.ConvTranspose2d(3, 5, 4, stride=2, padding=1),
+    "up, uneven": nn.ConvTranspose2d(3, 5, (3, 2), stride=(1, 3), padding=(0, 1)),
+    "linear": nn.Linear(3, 5),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_rows_times_patches_are_the_output(layer):
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 3) if isinstance(layer, nn.Linear) else torch.randn(2, 3, 6, 7)
+    feedback = Feedback(np.empty(0), np.empty(0), isinstance(layer, nn.ConvTranspose2d))
+    rows = feedback.rows(layer.weight)
+    with torch.no_grad():
+        output = layer(x)
+        expected = output.transpose(1, 2) if isinstance(layer, nn.Linear) else output.flatten(2)
+        measured = rows @ patches_of(layer, x) + layer.bias[:, None]
+    assert torch.allclose(measured, expected, atol=1e-5)
+    assert np.array_equal(feedback.weight(rows.detach().numpy(), layer.weight.shape), layer.weight.detach().numpy())
+
+
+def test_moments_weigh_patches_by_the_gradient_of_their_output():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).eval()
+    x, y = torch.randn(40, 4), torch.randint(2, (40,))
+
+    def loss(call, x, y):
+        return F.cross_entropy(call(x), y, reduction="none")
+
+    hidden = network[1](network[0](x))
+    expected = 0
+    for n in range(40):
+        output = network[2](hidden[n : n + 1]).detach().requires_grad_()
+        F.cross_entropy(output, y[n : n + 1]).backward()
+        patch = hidden[n].detach().double()
+        expected = expected + output.grad.double().square().sum() * torch.outer(patch, patch)
+    measured = measure_feedback(network, loss, (x, y))
+    assert set(measured) == {"0.weight", "2.weight"}
+    wanted = make_feedback(expected)
+    assert np.array_equal(measured["2.weight"].order, wanted.order)
+    np.testing.assert_allclose(measured["2.weight"].upper, wanted.upper, rtol=1e-4, atol=1e-5)
+
+
+def test_coded_weights_with_feedback_make_better_outputs_in_as_many_bytes():
+    torch.manual_seed(0)
+    weight, mixing = torch.randn(40, 60), torch.randn(60, 60)
+    x = (torch.randn(3000, 60) @ mixing).relu()
+    weights, feedback = {"w": weight}, {"w": make_feedback(x.T @ x)}
+    sizes, errors = [], []
+    for choice in ({}, feedback):
+        stored = entropy.encode(weights, {"w": 0.5}, choice)
+        read = entropy.decode(stored, {"w": weight.shape})["w"]
+        sizes.append(sum(t.nbytes for t in stored.values()))
+        errors.append(float(((read - weight) @ x.T).square().mean()))
+    assert sizes[1] < 1.05 * sizes[0]
+    assert errors[1] < 0.7 * errors[0]
