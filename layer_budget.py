@@ -103,7 +103,9 @@ def build(run, bench, baseline, coding: str, limits: dict[str, int]) -> list:
     shrunk = budget.shrink(*table.estimates(run.fisher_timestep))
     values = dict(zip(table.names, shrunk.tolist(), strict=True))
 
-    feedback = rounding_feedback(run, baseline) if coding == "entropy" else None
+    feedback = rounding_feedback(run, baseline) if coding == "entropy" else {}
+    for name, rounding in feedback.items():
+        values[name] *= rounding.gain  # what is left of an error once its neighbours have made it good
 
     def make(setting: str, limit: int):
         return CODINGS[coding](baseline, values, about(setting), limit, feedback)

@@ -24,11 +24,13 @@ CHUNK = 16  # samples
 @dataclass(frozen=True)
 class Feedback:
     """For one weight: the order in which columns are rounded, and the upper Cholesky factor (K, K) of the inverse of
-    the damped second moment in that order; `transposed`: of a transposed convolution."""
+    the damped second moment in that order; `transposed`: of a transposed convolution; `gain`: the squared error of the
+    output, as a share of what it is where each entry is rounded by itself with the same step."""
 
     order: np.ndarray
     upper: np.ndarray
     transposed: bool
+    gain: float
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as (output channels, K), to be multiplied with patches (K,) of the input."""
@@ -49,13 +51,12 @@ class Feedback:
         size = rows.shape[1]
         rest, codes = rows[:, self.order].astype(np.float64), np.empty(rows.shape, np.int64)
         costs = 1 / np.square(self.upper.diagonal().astype(np.float64))
-        price = price * np.exp(np.log(costs).mean())
         for start in range(0, size, BLOCK):
             end = min(size, start + BLOCK)
             errors = np.empty((len(rest), end - start))
             for j in range(start, end):
                 column = rest[:, j]
-                code = toward_zero(column, np.rint(column).astype(np.int64), bits, price / costs[j])
+                code = toward_zero(column, np.rint(column).astype(np.int64), bits, price * costs.mean() / costs[j])
                 error = (column - code) / self.upper[j, j]
                 rest[:, j + 1 : end] -= np.outer(error, self.upper[j, j + 1 : end])
                 codes[:, self.order[j]], errors[:, j - start] = code, error
@@ -80,7 +81,8 @@ def make_feedback(moment: torch.Tensor, transposed: bool = False) -> Feedback:
     damping = DAMPING * (matrix.diagonal().mean() or 1.0)
     matrix = matrix[np.ix_(order, order)] + damping * np.eye(len(matrix))
     upper = np.linalg.cholesky(np.linalg.inv(matrix)).T
-    return Feedback(order, upper.astype(np.float32), transposed)
+    gain = (1 / upper.diagonal() ** 2).mean() / matrix.diagonal().mean()
+    return Feedback(order, upper.astype(np.float32), transposed, float(gain))
 
 
 def measure_feedback(network: nn.Module, loss: SampleLoss, samples: tuple[torch.Tensor, ...]) -> dict[str, Feedback]:

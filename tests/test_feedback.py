@@ -43,16 +43,27 @@ def test_equals_the_nearest_plane():
     matrix = damped(moment)[np.ix_(backwards, backwards)]
     expected = np.stack([nearest_plane(row[backwards], matrix) for row in rows])
     assert np.array_equal(codes[:, backwards], expected)
-    error, plain = rows - codes, rows - np.rint(rows)
-    assert np.einsum("ri,ij,rj", error, damped(moment), error) < 0.7 * np.einsum(
-        "ri,ij,rj", plain, damped(moment), plain
-    )
+
+
+def test_gain_is_the_share_of_the_error_that_is_left():
+    moment = correlated_moment(30)
+    feedback = make_feedback(moment)
+    rows = np.random.default_rng(0).normal(size=(5000, 30)) * 30
+
+    def output_error(codes):
+        error = rows - codes
+        return np.einsum("ri,ij,rj", error, damped(moment), error)
+
+    left = output_error(feedback.round(rows, no_bits, 0.0)) / output_error(np.rint(rows))
+    assert 0.01 < feedback.gain < 0.7
+    assert left == pytest.approx(feedback.gain, rel=0.03)
 
 
 def test_inputs_that_do_not_meet_are_rounded_each_by_itself():
     feedback = make_feedback(torch.diag(torch.tensor([4.0, 1.0, 2.0, 3.0])))
     rows = np.random.default_rng(0).normal(size=(50, 4)) * 3
     assert np.array_equal(feedback.round(rows, no_bits, 0.0), np.rint(rows))
+    assert feedback.gain == pytest.approx(1.0)
 
 
 def test_layer_without_input_is_rounded_to_the_nearest():
@@ -74,7 +85,7 @@ LAYERS = {
 def test_rows_times_patches_are_the_output(layer):
     torch.manual_seed(0)
     x = torch.randn(2, 7, 3) if isinstance(layer, nn.Linear) else torch.randn(2, 3, 6, 7)
-    feedback = Feedback(np.empty(0), np.empty(0), isinstance(layer, nn.ConvTranspose2d))
+    feedback = Feedback(np.empty(0), np.empty(0), isinstance(layer, nn.ConvTranspose2d), 1.0)
     rows = feedback.rows(layer.weight)
     with torch.no_grad():
         output = layer(x)
