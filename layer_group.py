@@ -8,7 +8,7 @@ import argparse
 from functools import partial
 from statistics import mean
 
-from common.config import run_main, script_parser
+from common.config import run_main, strategy_parser
 from common.layers import layer_of
 
 PUBLISHED = {"12/3456": (23.84, 67.9)}
@@ -41,7 +41,7 @@ def below_group_mean(values: dict[str, float], groups: str) -> set[str]:
 
 
 def main():
-    parser = script_parser(__doc__)
+    parser = strategy_parser(__doc__)
     parser.add_argument(
         "--groups", type=parse_groups, nargs="+", default=["12/3456"], metavar="G", help="one row for each"
     )

@@ -9,7 +9,7 @@ GroupNorm weights are left out: they stay FP32 and do not count in mean and std.
 from functools import partial
 from statistics import fmean, pstdev
 
-from common.config import bounded_float, run_main, script_parser
+from common.config import bounded_float, run_main, strategy_parser
 from common.layers import by_layer, is_norm
 
 PUBLISHED = {0.5: (23.16, 81.57)}
@@ -29,7 +29,7 @@ def below_layer_threshold(values: dict[str, float], alpha: float, k: float | Non
 
 
 def main():
-    parser = script_parser(__doc__)
+    parser = strategy_parser(__doc__)
     rule = parser.add_mutually_exclusive_group()
     rule.add_argument(
         "--alpha", type=bounded_float(0, 10, 0.5), nargs="+", default=[0.5], metavar="A", help="one row for each"

@@ -7,7 +7,7 @@ python layer_ratio.py --ratio 0.5 --format int8
 import math
 from functools import partial
 
-from common.config import bounded_float, run_main, script_parser
+from common.config import bounded_float, run_main, strategy_parser
 from common.layers import by_layer
 
 PUBLISHED = {0.25: (22.42, 102.26)}
@@ -24,7 +24,7 @@ def below_top_ratio(values: dict[str, float], ratio: float) -> set[str]:
 
 
 def main():
-    parser = script_parser(__doc__)
+    parser = strategy_parser(__doc__)
     parser.add_argument(
         "--ratio", type=bounded_float(0, 1, 0.25), nargs="+", default=[0.25], metavar="P", help="one row for each"
     )

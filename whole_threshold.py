@@ -8,7 +8,7 @@ Values are normalised by the largest, so a threshold of 1 quantizes every tensor
 
 from functools import partial
 
-from common.config import bounded_float, run_main, script_parser
+from common.config import bounded_float, run_main, strategy_parser
 
 # The poster's global threshold, 71.48 MiB; its FID stems from 100 images and compares with nothing.
 PUBLISHED = {1.0: (None, 71.48)}
@@ -20,7 +20,7 @@ def below(values: dict[str, float], threshold: float) -> set[str]:
 
 
 def main():
-    parser = script_parser(__doc__)
+    parser = strategy_parser(__doc__)
     parser.add_argument(
         "--threshold", type=bounded_float(0, 1, 0.1), nargs="+", default=[1.0], metavar="X", help="one row for each"
     )

@@ -188,6 +188,18 @@ def script_parser(description: str) -> Parser:
     return parser
 
 
+def strategy_parser(description: str) -> Parser:
+    """`script_parser`, and what the scripts of the four rules share."""
+    parser = script_parser(description)
+    parser.add_argument(
+        "--controls",
+        type=positive_int,
+        metavar="N",
+        help="after each row, rows that save as much: N random choices, smallest weights first, uniform",
+    )
+    return parser
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Runs a script's main; a UserError becomes one line and exit code 1.
 

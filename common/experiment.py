@@ -15,7 +15,8 @@ from torch import nn
 
 from common import checkpoint, distributed, fisher, report
 from common.checkpoint import CheckpointError
-from common.config import PRESETS, Preset, TrainingConfig, UserError
+from common.config import FORMATS, PRESETS, Preset, TrainingConfig, UserError
+from common.controls import nearest_format, random_order, smallest_first, within
 from common.data import load_digits, to_model_range
 from common.device import autocast, bf16_is_faster, choose_device, derive_seed, set_true_fp32
 from common.diffusion import NoiseStreams, Schedule, denoising_loss
@@ -25,6 +26,7 @@ from common.gradients import SampleLoss
 from common.layers import layer_of, layer_weights
 from common.metrics import Reference, Scores, describe, load_reference, psnr, require_enough, score
 from common.model import MIB, Model, full_precision, load_model, save_model, size_mib, tensor_shapes
+from common.quantization import stored_bytes, stored_format
 from common.sampling import Sampling, generate, image_file
 from common.training import train
 from common.unet import UNet
@@ -466,9 +468,32 @@ def run_strategy(options: argparse.Namespace, choices: list[Choice]) -> None:
         for choice in choices:
             about = about_row(run, baseline, choice.strategy, choice.setting, choice.published)
             models.append(baseline.quantize(choice.rule(values), run.fmt, about))
-        return models
+            if options.controls:
+                models += control_models(run, baseline, models[-1], options.controls)
+        return list({model.about["label"]: model for model in models}.values())
 
     run_models(options, build)
+
+
+def control_models(run: Run, baseline: Model, chosen: Model, draws: int) -> list[Model]:
+    """Models that save as many bytes as `chosen`, or as nearly as whole tensors allow, by choices that know nothing
+    of Fisher information: `draws` random ones, that of the smallest weights, and uniform at the nearest width."""
+    shapes, names = tensor_shapes(baseline.config), layer_weights(baseline.state)
+    savings = {}
+    for name in names:
+        shape, axis = shapes[name]
+        savings[name] = stored_bytes(shape, "fp32") - stored_bytes(shape, stored_format(run.fmt, shape), axis)
+    total = sum(savings[name] for name in names if chosen.formats[name] != "fp32")
+    beside = f"{chosen.about['strategy']} {chosen.about['setting']}".strip()
+    orders = {f"Random {i + 1}": random_order(names, run.sampling.seed, i) for i in range(draws)}
+    orders["Smallest weights"] = smallest_first(baseline.state, names)
+    models = []
+    for kind, order in orders.items():
+        about = about_row(replace(run, fisher_timestep=1), baseline, kind, f"as {beside}", None)
+        models.append(baseline.quantize(within(order, savings, total), run.fmt, about))
+    uniform_sizes = {fmt: size_mib(baseline.config, dict.fromkeys(names, fmt)) for fmt in FORMATS[1:]}
+    nearest = replace(run, fmt=nearest_format(uniform_sizes, chosen.size_mib()))
+    return models if nearest.fmt == run.fmt else [*models, uniform(nearest, baseline)]
 
 
 def run_models(options: argparse.Namespace, build: Callable[[Run, Bench, Model], list[Model]]) -> None:
