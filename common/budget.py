@@ -135,6 +135,33 @@ def entropy_coded(
     return best
 
 
+def fill(
+    weights: dict[str, torch.Tensor],
+    steps: dict[str, float],
+    size: Callable[[dict[str, torch.Tensor]], int],
+    budget: int,
+) -> dict[str, torch.Tensor]:
+    """`entropy.encode` of `weights` with these steps at the lowest price of a bit that keeps to `budget` bytes.
+
+    Raises BudgetError where no price does.
+    """
+    best = entropy.encode(weights, steps, price=0.0)
+    if size(best) <= budget:
+        return best
+    low, high = 1e-3, 1e3
+    best = entropy.encode(weights, steps, price=high)
+    if (smallest := size(best)) > budget:
+        raise BudgetError(smallest)
+    while high / low > 1.01:
+        middle = (low * high) ** 0.5
+        stored = entropy.encode(weights, steps, price=middle)
+        if size(stored) <= budget:
+            high, best = middle, stored
+        else:
+            low = middle
+    return best
+
+
 def shrink(values: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
     """Fisher values (T,) with standard errors (T,), pulled toward their geometric mean where they are uncertain.
 

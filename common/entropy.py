@@ -38,12 +38,15 @@ def groups_of(shapes: dict[str, torch.Size]) -> list[Group]:
 
 
 def encode(
-    weights: dict[str, torch.Tensor], steps: dict[str, float], feedback: dict[str, Feedback] | None = None
+    weights: dict[str, torch.Tensor],
+    steps: dict[str, float],
+    feedback: dict[str, Feedback] | None = None,
+    price: float = PRICE_OF_A_BIT,
 ) -> dict[str, torch.Tensor]:
     """What a file stores of FP32 `weights`, each rounded to multiples of its step.
 
-    Where the next code toward zero is so much shorter that it pays for its error, it is taken, at the price that the
-    steps themselves imply. Weights that have `feedback` are rounded by it, the others entry by entry.
+    Where the next code toward zero is so much shorter that it pays for its error, it is taken, at the `price` of a bit
+    in squared steps. Weights that have `feedback` are rounded by it, the others entry by entry.
     Raises ValueError for a step that is not positive or so small that codes pass LARGEST_CODE.
     """
     feedback = feedback or {}
@@ -53,9 +56,9 @@ def encode(
     coded = []
     for group in groups_of({name: weight.shape for name, weight in weights.items()}):
         scaled = np.concatenate([_scaled(weights[name], rounded_steps[name]) for name in group.names])
-        codes = _choose_codes(scaled)
+        codes = _choose_codes(scaled, price)
         if (rounding := feedback.get(group.names[0])) is not None and abs(codes).max() < FEEDBACK_REACH:
-            codes = _choose_with_feedback(weights[group.names[0]].shape, scaled, codes, rounding)
+            codes = _choose_with_feedback(weights[group.names[0]].shape, scaled, codes, rounding, price)
         symbols, extra, widths = _split(codes)
         low, table = _table(symbols)
         ranges.append((low, len(table)))
@@ -102,21 +105,21 @@ def _scaled(weight: torch.Tensor, step: np.float32) -> np.ndarray:
     return scaled
 
 
-def _choose_codes(scaled: np.ndarray, rounds: int = 3) -> np.ndarray:
+def _choose_codes(scaled: np.ndarray, price: float, rounds: int = 3) -> np.ndarray:
     """Integers near `scaled`, entry by entry."""
     codes = np.rint(scaled).astype(np.int64)
     for _ in range(rounds):
-        codes = toward_zero(scaled, codes, _code_lengths(codes), PRICE_OF_A_BIT)
+        codes = toward_zero(scaled, codes, _code_lengths(codes), price)
     return codes
 
 
 def _choose_with_feedback(
-    shape: torch.Size, scaled: np.ndarray, codes: np.ndarray, feedback: Feedback, rounds: int = 2
+    shape: torch.Size, scaled: np.ndarray, codes: np.ndarray, feedback: Feedback, price: float, rounds: int = 2
 ) -> np.ndarray:
     """Integers near `scaled` (entries of a weight of `shape`), by feedback; `codes`: those chosen entry by entry."""
     rows = feedback.rows(torch.from_numpy(scaled).reshape(shape)).numpy()
     for _ in range(rounds):
-        codes = feedback.round(rows, _code_lengths(codes.ravel()), PRICE_OF_A_BIT)
+        codes = feedback.round(rows, _code_lengths(codes.ravel()), price)
     return np.ascontiguousarray(feedback.weight(codes, shape)).ravel()
 
 

@@ -328,6 +328,11 @@ def rounding_feedback(run: Run, model: Model) -> dict[str, Feedback]:
     return measure_feedback(network, _diffusion_loss(schedule), samples)
 
 
+def training_digits(run: Run) -> torch.Tensor:
+    """The digits that --data trains on, (N, 1, 32, 32) in [-1, 1], on the device."""
+    return to_model_range(load_digits(run.data, "train", run.data_dir)).to(run.device)
+
+
 def _noised(run: Run, digits: torch.Tensor, timesteps: list[int]) -> tuple[torch.Tensor, ...]:
     """What `_diffusion_loss` takes: some of `digits` (uint8), always the same, timesteps (N,), and noise."""
     generator = torch.Generator().manual_seed(derive_seed(FISHER_SEED, "fisher"))

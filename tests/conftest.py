@@ -48,6 +48,12 @@ def tiny_preset(monkeypatch, tmp_path):
     return preset
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder for what the tests of a module compare with, made once."""
+    return tmp_path_factory.mktemp("whole")
+
+
 @pytest.fixture
 def start(tiny_config):
     """Starts simplediffusion.py in a folder and returns its process; ends what a failed test left running."""

@@ -7,12 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from diffusers import UNet2DModel
 
 from common import budget, entropy
 from common.budget import BudgetError
 from common.config import run_main
 from common.experiment import preset_checkpoint
+from common.feedback import measure_feedback
 from common.fisher import fisher_information
 from common.model import MIB, full_precision, load_model, save_model
 from common.quantization import stored_bytes
@@ -57,10 +58,8 @@ def test_steps_follow_the_inverse_root_of_fisher():
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(200, 100, generator=generator) for name in ("dull", "keen")}
     limit = 15_000
-    stored = budget.entropy_coded(
-        weights, {"dull": 1.0, "keen": 16.0}, lambda stored: sum(t.nbytes for t in stored.values()), limit
-    )
-    assert 0.999 * limit < sum(t.nbytes for t in stored.values()) <= limit
+    stored = budget.entropy_coded(weights, {"dull": 1.0, "keen": 16.0}, nbytes, limit)
+    assert 0.999 * limit < nbytes(stored) <= limit
     dull, keen = stored["entropy:steps"].tolist()
     assert dull / keen == pytest.approx(4, rel=1e-5)
 
@@ -68,10 +67,10 @@ def test_steps_follow_the_inverse_root_of_fisher():
 def test_entropy_coding_below_the_smallest_says_what_can_be_reached():
     weights = {"w": torch.ones(10, 10)}
     with pytest.raises(BudgetError) as error:
-        budget.entropy_coded(weights, {"w": 1.0}, lambda stored: sum(t.nbytes for t in stored.values()), 3)
+        budget.entropy_coded(weights, {"w": 1.0}, nbytes, 3)
     smallest = error.value.smallest
-    stored = budget.entropy_coded(weights, {"w": 1.0}, lambda stored: sum(t.nbytes for t in stored.values()), smallest)
-    assert sum(t.nbytes for t in stored.values()) == smallest
+    stored = budget.entropy_coded(weights, {"w": 1.0}, nbytes, smallest)
+    assert nbytes(stored) == smallest
 
 
 def test_shrink_leaves_what_is_certain_and_pulls_what_is_not():
@@ -88,15 +87,52 @@ def test_shrink_gives_a_tensor_without_gradient_a_value():
 
 
 def test_any_network_can_be_measured_and_stored():
-    """Fisher and budget know nothing of this project's network."""
+    """Fisher information and budget know nothing of this project's network."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 2)).eval()
-    x, y = torch.randn(40, 6), torch.randn(40, 2)
-    values, _ = fisher_information(network, lambda net, x, y: (net(x) - y).square().mean(1), (x, y))
+    network = UNet2DModel(
+        sample_size=16, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        block_out_channels=(8, 16), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).eval()  # fmt: skip
+    x, noise, t = torch.randn(6, 1, 16, 16), torch.randn(6, 1, 16, 16), torch.tensor([1, 5, 100, 300, 700, 999])
+
+    def loss(call, x, noise, t):
+        return (call(x, t).sample - noise).square().flatten(1).mean(1)
+
+    feedback = measure_feedback(network, loss, (x, noise, t))
+    values, errors = (
+        torch.tensor(list(v.values())).double() for v in fisher_information(network, loss, (x, noise, t), chunk=3)
+    )
     weights = {name: tensor.detach() for name, tensor in network.named_parameters()}
-    stored = budget.entropy_coded(weights, values, lambda stored: sum(t.nbytes for t in stored.values()), 250)
-    assert sum(t.nbytes for t in stored.values()) <= 250 < 0.25 * sum(w.nbytes for w in weights.values())
+    assert len(feedback) > 20 and feedback.keys() < weights.keys()
+    limit = sum(w.nbytes for w in weights.values()) // 8
+    expected = network(x, t).sample.detach()
+    stored = budget.entropy_coded(
+        weights, dict(zip(weights, budget.shrink(values, errors).tolist(), strict=True)), nbytes, limit, feedback
+    )
+    assert nbytes(stored) <= limit
     network.load_state_dict(entropy.decode(stored, {name: w.shape for name, w in weights.items()}))
+    error = network(x, t).sample.detach() - expected
+    assert 0 < error.norm() < 0.3 * expected.norm()
+
+
+def nbytes(stored):
+    return sum(tensor.nbytes for tensor in stored.values())
+
+
+def test_fill_takes_the_lowest_price_that_fits():
+    weights = {"w": torch.randn(100, 100, generator=torch.Generator().manual_seed(0))}
+    steps = {"w": 0.3}
+    whole = nbytes(entropy.encode(weights, steps, price=0.0))
+    shapes = {"w": weights["w"].shape}
+    assert torch.equal(
+        entropy.decode(budget.fill(weights, steps, nbytes, whole), shapes)["w"], (weights["w"] / 0.3).round() * 0.3
+    )
+    for share in (0.97, 0.8):
+        limit = int(share * whole)
+        assert 0.97 * limit < nbytes(budget.fill(weights, steps, nbytes, limit)) <= limit
+    with pytest.raises(BudgetError):
+        budget.fill(weights, steps, nbytes, 3)
 
 
 @pytest.fixture
@@ -142,6 +178,21 @@ def test_a_size_that_cannot_be_reached(script, coding, capfd, tmp_path):
     assert not list((tmp_path / "results").rglob("fisher-*"))  # before any work
 
 
+def test_a_finetuned_row_keeps_to_the_size_of_its_own(script):
+    plain, trained = script("--times", "9", "--finetune", "3")
+    assert trained["label"] == "Budget 9x, 3 updates (entropy)" and plain["label"] == "Budget 9x (entropy)"
+    assert trained["file_mib"] * MIB <= int(script.baseline.size_mib() * MIB / 9)
+    assert load_model(trained["file"]).sha256 == trained["weights"] != plain["weights"]
+
+
+def test_finetuning_goes_with_entropy_coding(script, capfd):
+    for arguments in (("--times", "9", "--coding", "fixed"), ("--times", "auto")):
+        with pytest.raises(SystemExit) as exit_:
+            script(*arguments, "--finetune", "3")
+        assert exit_.value.code == 2
+        assert "argument --finetune" in capfd.readouterr().err
+
+
 def test_size_or_times_is_asked_for(script, capfd):
     with pytest.raises(SystemExit) as exit_:
         script()
@@ -153,8 +204,7 @@ def test_auto_finds_where_the_difference_passes_its_error(monkeypatch, capsys):
     """With models whose FID jumps at a factor that is known."""
     from types import SimpleNamespace
 
-    import layer_budget
-    from common import experiment
+    from common import compress
     from common.metrics import Estimate
 
     spread = np.array([-1.0, 1.0, -1.0, 1.0])  # a standard error of 0.58
@@ -163,8 +213,8 @@ def test_auto_finds_where_the_difference_passes_its_error(monkeypatch, capsys):
         fid = Estimate(1.0 + (0.5 if times < 13.7 else 0.7) * (times > 0), spread * (times > 0))
         return SimpleNamespace(scores=SimpleNamespace(fid=fid))
 
-    monkeypatch.setattr(experiment, "measure", measure)
-    tried = layer_budget.search(None, None, 0, lambda times: times, 300.0)
+    monkeypatch.setattr(compress, "measure", measure)
+    tried = compress.search(None, None, 0, lambda times: times, 300.0)
     assert tried == sorted(tried)
     within, beyond = max(t for t in tried if t < 13.7), min(t for t in tried if t >= 13.7)
     assert beyond / within <= 1.05

@@ -38,11 +38,6 @@ def start_two(start):
     return start_two
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return tmp_path_factory.mktemp("whole")
-
-
 @pytest.fixture
 def two(whole, start_two):
     """The folder of a training by two processes that nothing stopped; made once."""

@@ -8,11 +8,6 @@ import pytest
 from tiny_runs import STEPS, files, finish, table
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return tmp_path_factory.mktemp("whole")
-
-
 @pytest.fixture
 def uninterrupted(whole, start):
     """The folder of a run that nothing stopped; made once."""

@@ -1,0 +1,161 @@
+"""Models that fit a size: the baseline coded in files of given limits, or in the smallest that loses nothing."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from tqdm import tqdm
+
+from common import budget
+from common.budget import BudgetError, fixed_formats
+from common.config import UserError
+from common.diffusion import Schedule
+from common.experiment import Bench, Run, fisher_table, measure, rounding_feedback, training_digits
+from common.feedback import Feedback
+from common.finetune import finetune, sampler_of_digits
+from common.model import MIB, Model, file_bytes, tensor_shapes
+
+
+Limited = Callable[[Model, dict[str, float], dict, int, dict[str, Feedback]], Model]
+
+
+def entropy_coded(
+    baseline: Model, values: dict[str, float], about: dict, limit: int, feedback: dict[str, Feedback]
+) -> Model:
+    """The model with steps by Fisher `values`, rounded by `feedback`, whose file has at most `limit` bytes. Raises
+    BudgetError."""
+
+    def size(stored) -> int:
+        return file_bytes(coded_model(baseline, stored, about))
+
+    return coded_model(baseline, budget.entropy_coded(baseline.state, values, size, limit, feedback), about)
+
+
+def coded_model(baseline: Model, stored: dict[str, torch.Tensor], about: dict) -> Model:
+    """The model of what `common.entropy` stores."""
+    return Model(baseline.config, stored, dict.fromkeys(baseline.state, "entropy"), about)
+
+
+def finetuned(run: Run, baseline: Model, model: Model, limit: int, updates: int) -> Model:
+    """An entropy-coded model with the steps of `model`, its codes trained to predict what the baseline does; the file
+    keeps to `limit` bytes."""
+    schedule = Schedule(baseline.config.timesteps)
+    steps = dict(zip(model.state, model.stored["entropy:steps"].tolist(), strict=True))
+    draw = sampler_of_digits(training_digits(run), schedule, run.training.seed)
+    network = baseline.network().to(run.device)
+    weights = finetune(network, model.state, steps, draw, schedule, updates)
+    setting = f"{model.about['setting']}, {updates} updates"
+    about = model.about | {"label": model.about["label"].replace(model.about["setting"], setting), "setting": setting}
+    try:
+        stored = budget.fill(weights, steps, lambda stored: file_bytes(coded_model(baseline, stored, about)), limit)
+    except BudgetError as error:
+        raise UserError(f"{setting}: needs {error.smallest:,} bytes; ask for a larger file") from None
+    return coded_model(baseline, stored, about)
+
+
+def fixed_widths(
+    baseline: Model, values: dict[str, float], about: dict, limit: int, feedback: dict[str, Feedback]
+) -> Model:
+    """The model with one format for each tensor whose file has at most `limit` bytes; feedback is not used. Raises
+    BudgetError."""
+    axes = {name: axis for name, (_, axis) in tensor_shapes(baseline.config).items()}
+    header = 0
+    while True:
+        try:
+            formats, fits = fixed_formats(baseline.state, axes, values, limit - header), True
+        except BudgetError as error:
+            formats, fits = error.formats, False
+        model = replace(baseline, about=about)
+        for fmt in set(formats.values()):
+            model = model.quantize([name for name, chosen in formats.items() if chosen == fmt], fmt, about)
+        excess = file_bytes(model) - limit
+        if not fits and excess > 0:
+            raise BudgetError(file_bytes(model))
+        if excess <= 0:
+            return model
+        header += excess
+
+
+CODINGS: dict[str, Limited] = {"entropy": entropy_coded, "fixed": fixed_widths}
+
+
+def smallest(baseline: Model, coding: str, about: dict) -> int:
+    """Bytes of the smallest file there is, whatever the Fisher values."""
+    try:
+        CODINGS[coding](baseline, dict.fromkeys(baseline.state, 1.0), about, 0, {})
+    except BudgetError as error:
+        return error.smallest
+
+
+def build(
+    run: Run, bench: Bench, baseline: Model, coding: str, limits: dict[str, int], updates: int | None
+) -> list[Model]:
+    """One model for each limit, {what was asked for: bytes}, and after it one with so many `updates` of finetuning;
+    without limits those of `search`.
+
+    Raises UserError, before any work, for a limit that is too small.
+    """
+
+    def about(setting: str) -> dict:
+        note = "" if run.fisher_timestep == "image" else f", Fisher timestep {run.fisher_timestep}"
+        kept = {key: value for key, value in baseline.about.items() if key != "loss_curve"}
+        return kept | {
+            "label": f"Budget {setting} ({coding}{note})",
+            "strategy": "Budget",
+            "setting": setting,
+            "format": coding,
+            "published": None,
+            "baseline": baseline.sha256,
+        }
+
+    size = baseline.size_mib() * MIB
+    least = smallest(baseline, coding, about(max(limits, key=len, default=""))) + 100  # labels of other lengths
+    for asked, limit in limits.items():
+        if limit < least:
+            more, less = math.ceil(1e4 * least / MIB) / 1e4, math.floor(10 * size / least) / 10
+            raise UserError(
+                f"{asked}, {limit:,} bytes, cannot be reached with {coding} coding: "
+                f"ask for --size {more:g} or more, --times {less:g} or less"
+            )
+    table = fisher_table(run, baseline)
+    shrunk = budget.shrink(*table.estimates(run.fisher_timestep))
+    values = dict(zip(table.names, shrunk.tolist(), strict=True))
+    feedback = rounding_feedback(run, baseline) if coding == "entropy" else {}
+    for name, rounding in feedback.items():
+        values[name] *= rounding.gain  # what is left of an error once its neighbours have made it good
+
+    def make(setting: str, limit: int):
+        return CODINGS[coding](baseline, values, about(setting), limit, feedback)
+
+    if limits:
+        models = []
+        for asked, limit in tqdm(limits.items(), desc="fitting", unit="file"):
+            models.append(make(asked, limit))
+            if updates:
+                models.append(finetuned(run, baseline, models[-1], limit, updates))
+        return models
+    return search(run, bench, baseline, lambda times: make(f"{times:g}x", int(size / times)), size / least)
+
+
+def search(run: Run, bench: Bench, baseline: Model, make: Callable[[float], Model], most: float) -> list[Model]:
+    """Halves the interval of sizes in which the difference of FID to FP32 comes to exceed its standard error.
+
+    Returns the models that were tried, by size; prints the smallest that keeps within. make(times) is the model that
+    many times smaller than FP32; `most`: the most there can be.
+    """
+    reference = measure(run, bench, baseline).scores.fid
+    low, high, tried = 2.0, min(most, 128.0), {}
+    while high / low > 1.05:
+        times = float(f"{(low * high) ** 0.5:.3g}")
+        tried[times] = make(times)
+        difference, error = measure(run, bench, tried[times]).scores.fid.minus(reference)
+        low, high = (times, high) if difference <= error else (low, times)
+    further = f"the next tried, {high:g}, is not" if high in tried else "nothing larger was tried"
+    if low in tried:
+        print(f"largest factor whose FID is within one standard error of FP32's: {low:g}; {further}")
+    else:
+        print(
+            f"no factor that was tried, {', '.join(f'{t:g}' for t in sorted(tried))}, keeps within one standard error"
+        )
+    return [tried[times] for times in sorted(tried)]
