@@ -16,7 +16,6 @@ from common.feedback import Feedback
 from common.finetune import finetune, sampler_of_digits
 from common.model import MIB, Model, file_bytes, tensor_shapes
 
-
 Limited = Callable[[Model, dict[str, float], dict, int, dict[str, Feedback]], Model]
 
 
