@@ -18,7 +18,9 @@ def main():
         parser.error("--sampler, --steps: every sampler is compared; give the numbers of steps with --ddim")
 
     from common import distributed, report
-    from common.experiment import load_baseline, make_bench, make_row, measure, print_sizes, settle
+    from common.baseline import load_baseline
+    from common.experiment import make_bench, make_row, measure
+    from common.run import print_sizes, settle
 
     options.steps = max(options.ddim)
     run = settle(options)

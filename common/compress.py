@@ -11,10 +11,12 @@ from common import budget
 from common.budget import BudgetError, fixed_formats
 from common.config import UserError
 from common.diffusion import Schedule
-from common.experiment import Bench, Run, fisher_table, measure, rounding_feedback, training_digits
+from common.diffusion_fisher import fisher_table, rounding_feedback, training_digits
+from common.experiment import Bench, measure
 from common.feedback import Feedback
 from common.finetune import finetune, sampler_of_digits
 from common.model import MIB, Model, file_bytes, tensor_shapes
+from common.run import Run
 
 Limited = Callable[[Model, dict[str, float], dict, int, dict[str, Feedback]], Model]
 

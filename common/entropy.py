@@ -8,7 +8,6 @@ constriction. 1-D tensors, too small for a table each, share one.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import constriction
 import numpy as np
 import torch
 
@@ -49,6 +48,8 @@ def encode(
     in squared steps. Weights that have `feedback` are rounded by it, the others entry by entry.
     Raises ValueError for a step that is not positive or so small that codes pass LARGEST_CODE.
     """
+    import constriction  # here and below: entropy coding alone needs it
+
     feedback = feedback or {}
     coder = constriction.stream.stack.AnsCoder()
     rounded_steps = {name: np.float32(steps[name]) for name in weights}
@@ -79,6 +80,8 @@ def encode(
 
 def decode(stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
     """The FP32 weights, of `shapes`, that `encode` stored: multiples of their steps."""
+    import constriction
+
     words = stored["entropy:symbols"].numpy().view("<u4").astype(np.uint32)
     coder = constriction.stream.stack.AnsCoder(words)
     bits = np.unpackbits(stored["entropy:remainders"].numpy())
@@ -190,5 +193,7 @@ def _frequencies(table: np.ndarray) -> np.ndarray:
 
 
 def _distribution(table: np.ndarray):
+    import constriction
+
     frequencies = _frequencies(table)
     return constriction.stream.model.Categorical(frequencies / frequencies.sum(), perfect=False)

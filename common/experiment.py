@@ -2,9 +2,6 @@
 
 import argparse
 import re
-import shutil
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,34 +10,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import checkpoint, distributed, fisher, report
-from common.checkpoint import CheckpointError
-from common.config import FORMATS, PRESETS, Preset, TrainingConfig, UserError
+from common import distributed, report
+from common.baseline import find_baseline, load_baseline, load_checkpoint, train_baseline
+from common.config import FORMATS
 from common.controls import nearest_format, random_order, smallest_first, within
-from common.data import load_digits, to_model_range
-from common.device import autocast, bf16_is_faster, choose_device, derive_seed, set_true_fp32
-from common.diffusion import NoiseStreams, Schedule, denoising_loss
+from common.data import load_digits
+from common.device import derive_seed
+from common.diffusion_fisher import fisher_table
 from common.features import load_features
-from common.feedback import Feedback, measure_feedback
-from common.gradients import SampleLoss
 from common.layers import layer_of, layer_weights
 from common.metrics import Reference, Scores, describe, load_reference, psnr, require_enough, score
-from common.model import MIB, Model, full_precision, load_model, save_model, size_mib, tensor_shapes
+from common.model import MIB, Model, save_model, size_mib, tensor_shapes
 from common.quantization import stored_bytes, stored_format
-from common.sampling import Sampling, generate, image_file
-from common.training import train
-from common.unet import UNet
+from common.run import Run, preset_checkpoint, print_sizes, require_writable, settle
+from common.sampling import generate, image_file
 
-FISHER_GRID = 20  # timesteps, at the centres of equal parts of 0..T-1
-FISHER_SEED = 0
 PUBLISHED_BASELINE = (22.7512, 134.2)
 PUBLISHED_UNIFORM = (24.1324, 67.7)
-CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
-
-
-def preset_checkpoint(preset_name: str) -> Path:
-    """Where a preset's baseline is kept."""
-    return CHECKPOINTS / f"{preset_name}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -52,300 +38,6 @@ class Choice:
     setting: str
     rule: Callable[[dict[str, float]], set[str]]
     published: tuple[float | None, float] | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """Options with every default filled in, checked."""
-
-    preset_name: str
-    preset: Preset
-    training: TrainingConfig
-    checkpoint: Path
-    data: str
-    data_dir: Path
-    fmt: str
-    fisher_timestep: int | str
-    sampling: Sampling
-    metric: str
-    inception_weights: Path | None
-    out: Path
-    dry_run: bool
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.sampling.device)
-
-
-def settle(options: argparse.Namespace) -> Run:
-    """Fills defaults, checks everything that can be checked before any work, and prints what will be used and why.
-
-    Raises UserError naming the option, its value and the remedy.
-    """
-    set_true_fp32()
-    device = distributed.start(choose_device(options.device))
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
-    name, why = options.preset, "--preset"
-    if name is None and options.checkpoint is not None and options.checkpoint.exists():
-        name, why = read_checkpoint(options.checkpoint).about.get("preset"), "the checkpoint's"
-        if name not in PRESETS:
-            raise UserError(f"--checkpoint {options.checkpoint}: made with preset {name}, unknown here; give --preset")
-    if name is None:
-        name, why = ("paper", "CUDA is available") if torch.cuda.is_available() else ("quick", "no CUDA device here")
-    preset = PRESETS[name]
-    implied = "ddim" if options.steps or options.eta is not None else preset.sampler
-    sampler = options.sampler or implied
-    timesteps = preset.network.timesteps
-    default_steps = timesteps if sampler == "ddpm" else preset.ddim_steps
-    steps = options.steps or default_steps
-    if sampler == "ddpm" and steps != timesteps:
-        raise UserError(f"--steps {steps}: --sampler ddpm takes all {timesteps} steps; use --sampler ddim for fewer")
-    if steps > timesteps:
-        raise UserError(f"--steps {steps}: there are {timesteps} timesteps; give at most as many")
-    if sampler == "ddpm" and options.eta is not None:
-        raise UserError(f"--eta {options.eta:g}: goes with --sampler ddim only")
-    if options.inception_weights is not None and options.metric != "inception":
-        raise UserError(f"--inception-weights {options.inception_weights}: goes with --metric inception only")
-    if not 0 <= options.seed < 2**64:
-        raise UserError(f"--seed {options.seed}: must lie in 0..2^64 - 1")
-    sampling = Sampling(
-        images=options.images or preset.images,
-        sampler=sampler,
-        steps=steps,
-        eta=1.0 if sampler == "ddpm" else preset.eta if options.eta is None else options.eta,
-        batch_size=options.batch_size or (250 if device.type == "cuda" else 50),
-        seed=options.seed,
-        device=device.type,
-        precision=options.precision,
-    )
-    run = Run(
-        preset_name=name,
-        preset=preset,
-        training=replace(preset.training, data=options.data or preset.training.data),
-        checkpoint=options.checkpoint or preset_checkpoint(name),
-        data=options.data or preset.training.data,
-        data_dir=options.data_dir,
-        fmt=options.format,
-        fisher_timestep=int(options.fisher_timestep) if options.fisher_timestep == "1" else options.fisher_timestep,
-        sampling=sampling,
-        metric=options.metric,
-        inception_weights=options.inception_weights,
-        out=options.out or Path("results") / name,
-        dry_run=options.dry_run,
-    )
-    threads, processes = torch.get_num_threads(), distributed.processes()
-    workers = f"{threads} threads" if processes == 1 else f"{processes} processes of {threads} threads"
-    print(f"preset {name} ({why}); {device.type}, {workers}, torch {torch.__version__}")
-    print(
-        f"{sampling.images} images, {sampling.method}, batch {sampling.batch_size}, {sampling.precision}, "
-        f"seed {sampling.seed}; data {run.data}; format {run.fmt}; Fisher timestep {run.fisher_timestep}; {run.out}/"
-    )
-    if not run.dry_run:
-        report.read_rows(run.out / "results.jsonl", absent_is_empty=True)
-        _require_writable("--out", run.out, needed_mib=32 * size_mib(preset.network, {}))
-    return run
-
-
-def _require_writable(option: str, folder: Path, needed_mib: float) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise UserError(f"{option} {folder}: cannot be written ({error.strerror}); name another folder") from None
-    if free / MIB < needed_mib:
-        raise UserError(f"{option} {folder}: {free / MIB:.0f} MiB free, {needed_mib:.0f} needed; name another folder")
-
-
-def print_sizes(run: Run) -> None:
-    """What --dry-run shows: parameters, sizes and cost."""
-    config = run.preset.network
-    shapes = tensor_shapes(config)
-    names = layer_weights(shapes)
-    parameters = sum(shape.numel() for shape, _ in shapes.values())
-    baseline = size_mib(config, {})
-    print(f"{parameters:,} parameters in {len(shapes)} tensors; the strategies choose among {len(names)} weights")
-    print(f"baseline FP32 {baseline:.2f} MiB")
-    for fmt in dict.fromkeys(("fp16", run.fmt)):
-        size = size_mib(config, dict.fromkeys(names, fmt))
-        print(f"uniform {fmt.upper()} {size:.2f} MiB ({1 - size / baseline:.2%} smaller)")
-    print(cost_estimate(run))
-
-
-def cost_estimate(run: Run) -> str:
-    """Times one small batch, forward and backward, and says what sampling and training take at that rate."""
-    network = UNet(run.preset.network).to(run.device, memory_format=torch.channels_last)
-    batch = run.training.batch_size if run.device.type == "cuda" else 8
-    x, t = torch.randn(batch, 1, 32, 32, device=run.device), torch.zeros(batch, dtype=torch.long, device=run.device)
-
-    def seconds(work) -> float:
-        times = []
-        for _ in range(2):
-            start = time.perf_counter()
-            work()
-            if run.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times) / batch / distributed.processes()
-
-    def forward():
-        with torch.inference_mode(), autocast(run.device, run.sampling.precision):
-            network(x, t)
-
-    def train_step():
-        with autocast(run.device, training_precision(run.device)):
-            loss = network(x, t).square().mean()
-        loss.backward()
-
-    sampling_seconds = seconds(forward) * run.sampling.images * run.sampling.steps
-    training_seconds = seconds(train_step) * run.training.batch_size * run.training.steps
-    text = (
-        f"cost on this device, roughly: {duration(sampling_seconds)} for the images of one row, "
-        f"{duration(training_seconds)} to train the baseline"
-    )
-    if run.preset_name == "paper" and training_seconds > 3 * 3600:
-        text += "; --preset quick ships trained"
-    return text
-
-
-def duration(seconds: float) -> str:
-    """A time that a person reads: 42 s, 7 min, 41 h."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
-
-
-def training_precision(device: torch.device) -> str:
-    return "bf16" if bf16_is_faster(device) else "fp32"
-
-
-def train_baseline(run: Run) -> Model:
-    """Trains, or continues training, the preset's baseline; writes it to the checkpoint and returns it."""
-    state_path = training_state_file(run)
-    digits = load_digits(run.data, "train", run.data_dir)
-    precision = training_precision(run.device)
-    print(cost_estimate(run))
-    print(f"training in {precision}; state in {state_path}, so the same command continues after an interruption")
-    state, losses = train(UNet(run.preset.network), run.training, digits, state_path, run.device, precision)
-    width = max(1, len(losses) // 200)
-    curve = [sum(losses[i : i + width]) / len(losses[i : i + width]) for i in range(0, len(losses), width)]
-    about = {
-        "label": "Baseline (FP32)",
-        "preset": run.preset_name,
-        "weights": "ema",
-        "training": asdict(run.training),
-        "digits_seen": run.training.steps * run.training.batch_size,
-        "precision": precision,
-        "loss_curve": [round(loss, 6) for loss in curve],
-    }
-    model = full_precision(run.preset.network, state, about)
-    if distributed.rank() == 0:
-        save_model(run.checkpoint, model)
-        checkpoint.remove(state_path)
-    print(f"trained: last loss {curve[-1]:.4f}; {run.checkpoint}")
-    return model
-
-
-def training_state_file(run: Run) -> Path:
-    return run.checkpoint.with_suffix(".training.safetensors")
-
-
-def load_baseline(run: Run) -> Model:
-    """The FP32 model of --checkpoint. Raises UserError where it is missing, quantized or of another architecture."""
-    model = load_checkpoint(run)
-    if not model.is_baseline:
-        raise UserError(
-            f"--checkpoint {run.checkpoint} is quantized already; strategies start from an FP32 baseline: "
-            f"{preset_checkpoint(run.preset_name)}"
-        )
-    return model
-
-
-def load_checkpoint(run: Run) -> Model:
-    """The model of --checkpoint, of the preset's architecture. Raises UserError."""
-    if not run.checkpoint.exists():
-        raise UserError(
-            f"--checkpoint {run.checkpoint}: no such file; make the baseline with: "
-            f"python simplediffusion.py --preset {run.preset_name}"
-        )
-    model = read_checkpoint(run.checkpoint)
-    expected = replace(run.preset.network, dropout=model.config.dropout)
-    if model.config != expected:
-        raise CheckpointError(
-            f"--checkpoint {run.checkpoint} has another architecture, channels {model.config.channels}, than preset "
-            f"{run.preset_name}, {expected.channels}; give the --preset that made it"
-        )
-    return model
-
-
-def read_checkpoint(path: Path) -> Model:
-    """The model of a file that is there. Raises UserError naming --checkpoint."""
-    try:
-        return load_model(path)
-    except OSError as error:
-        raise UserError(f"--checkpoint {path}: cannot be read ({error.strerror})") from None
-
-
-def fisher_table(run: Run, model: Model) -> fisher.FisherTable:
-    """Fisher values of the baseline at timestep 1 and on a grid; measured where no file fits the weights."""
-    schedule, preset = Schedule(model.config.timesteps), run.preset
-    grid = [int((i + 0.5) * schedule.timesteps / FISHER_GRID) for i in range(FISHER_GRID)]
-    settings = {
-        "data": run.data,
-        "digits": preset.fisher_digits,
-        "grid_digits": preset.fisher_grid_digits,
-        "grid": grid,
-    }
-    weights = model.sha256
-    path = run.out / f"fisher-{weights[:12]}.safetensors"
-    if distributed.agree(path.exists()):
-        table = fisher.load(path, weights)
-        if table.settings == settings:
-            return table
-    digits = load_digits(run.data, "train", run.data_dir)
-    batches = {1: _noised(run, digits, [1] * preset.fisher_digits)} | {
-        t: _noised(run, digits, [t] * preset.fisher_grid_digits) for t in grid
-    }
-    network = model.network().to(run.device)
-    table = fisher.measure(network, _diffusion_loss(schedule), batches, weights, settings, schedule.image_weights(grid))
-    if distributed.rank() == 0:
-        fisher.save(path, table)
-    return table
-
-
-def rounding_feedback(run: Run, model: Model) -> dict[str, Feedback]:
-    """What rounding by feedback needs to know of the baseline's weights, from real digits.
-
-    Timesteps lie as densely as they weigh in the finished image.
-    """
-    schedule, n = Schedule(model.config.timesteps), run.preset.fisher_digits
-    share = np.cumsum(schedule.image_weights(list(range(schedule.timesteps))))
-    timesteps = np.searchsorted(share / share[-1], (np.arange(n) + 0.5) / n)
-    network = model.network().to(run.device)
-    samples = _noised(run, load_digits(run.data, "train", run.data_dir), timesteps.tolist())
-    return measure_feedback(network, _diffusion_loss(schedule), samples)
-
-
-def training_digits(run: Run) -> torch.Tensor:
-    """The digits that --data trains on, (N, 1, 32, 32) in [-1, 1], on the device."""
-    return to_model_range(load_digits(run.data, "train", run.data_dir)).to(run.device)
-
-
-def _noised(run: Run, digits: torch.Tensor, timesteps: list[int]) -> tuple[torch.Tensor, ...]:
-    """What `_diffusion_loss` takes: some of `digits` (uint8), always the same, timesteps (N,), and noise."""
-    generator = torch.Generator().manual_seed(derive_seed(FISHER_SEED, "fisher"))
-    chosen, n = torch.randperm(len(digits), generator=generator), len(timesteps)
-    noise = NoiseStreams(derive_seed(FISHER_SEED, "fisher", timesteps[0]), range(n)).draw(run.device)
-    return to_model_range(digits[chosen[:n]]).to(run.device), torch.tensor(timesteps, device=run.device), noise
-
-
-def _diffusion_loss(schedule: Schedule) -> SampleLoss:
-    def loss(call, x0, t, noise):
-        return denoising_loss(call, schedule, x0, t, noise)
-
-    return loss
 
 
 @dataclass(frozen=True)
@@ -558,7 +250,7 @@ def run_baseline(options: argparse.Namespace, retrain: bool) -> None:
         load_checkpoint(run)  # raises: a file that was named is not made by guessing
     if missing or retrain:
         bench = make_bench(run)
-        _require_writable("--checkpoint", run.checkpoint.parent, needed_mib=5 * size_mib(run.preset.network, {}))
+        require_writable("--checkpoint", run.checkpoint.parent, needed_mib=5 * size_mib(run.preset.network, {}))
         model = train_baseline(run)
     else:
         model = load_checkpoint(run)
@@ -573,14 +265,3 @@ def run_baseline(options: argparse.Namespace, retrain: bool) -> None:
         print_rows(run, bench, model, run.checkpoint, [uniform(run, model)])
     else:
         print_rows(run, bench, find_baseline(run, model), preset_checkpoint(run.preset_name), [model])
-
-
-def find_baseline(run: Run, model: Model) -> Model | None:
-    """The baseline that a packed model came from, where the preset's checkpoint is it."""
-    path = preset_checkpoint(run.preset_name)
-    if path.exists():
-        baseline = load_model(path)
-        if baseline.sha256 == model.about.get("baseline"):
-            return baseline
-    print(f"{path} is not the baseline of {run.checkpoint}: no differences to it are given")
-    return None

@@ -105,7 +105,9 @@ def main():
     parser.add_argument("--digits", type=positive_int, default=200, help="held-out digits whose loss is measured")
     options = parser.parse_args()
 
-    from common.experiment import fisher_table, load_baseline, print_sizes, settle
+    from common.baseline import load_baseline
+    from common.diffusion_fisher import fisher_table
+    from common.run import print_sizes, settle
 
     if options.digits < 2:
         parser.error("argument --digits: 1 is too few for a standard error; give at least 2")

@@ -29,7 +29,7 @@ def tiny_network(tiny_config):
 @pytest.fixture
 def tiny_preset(monkeypatch, tmp_path):
     """Makes `quick` a preset of a few seconds, with its checkpoint and its results in an empty folder."""
-    from common import experiment
+    from common import run
 
     training = TrainingConfig(data="mnist5k", batch_size=8, steps=12, lr=1e-3, muon_lr=1e-3, warmup_steps=4, ema=0.9)
     preset = replace(
@@ -43,7 +43,7 @@ def tiny_preset(monkeypatch, tmp_path):
         fisher_grid_digits=2,
     )
     monkeypatch.setitem(PRESETS, "quick", preset)
-    monkeypatch.setattr(experiment, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(run, "CHECKPOINTS", tmp_path / "checkpoints")
     monkeypatch.chdir(tmp_path)
     return preset
 

@@ -12,11 +12,11 @@ from diffusers import UNet2DModel
 from common import budget, entropy
 from common.budget import BudgetError
 from common.config import run_main
-from common.experiment import preset_checkpoint
 from common.feedback import measure_feedback
 from common.fisher import fisher_information
 from common.model import MIB, full_precision, load_model, save_model
 from common.quantization import stored_bytes
+from common.run import preset_checkpoint
 
 
 def test_cheapest_formats_are_those_of_trying_every_choice():

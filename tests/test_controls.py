@@ -4,6 +4,7 @@ import torch
 
 from common import controls, experiment
 from common.config import strategy_parser
+from common.layers import layer_weights
 from common.model import full_precision, size_mib
 
 
@@ -36,7 +37,7 @@ def test_control_models_are_about_as_large(tiny_preset, tiny_network):
     run = experiment.settle(
         strategy_parser("").parse_args(["--preset", "quick", "--device", "cpu", "--format", "int4"])
     )
-    names = [name for name in experiment.layer_weights(baseline.state) if "layer5" in name or "layer2" in name]
+    names = [name for name in layer_weights(baseline.state) if "layer5" in name or "layer2" in name]
     chosen = baseline.quantize(names, "int4", experiment.about_row(run, baseline, "Ratio", "0.5", None))
     models = experiment.control_models(run, baseline, chosen, 2)
     labels = [model.about["label"] for model in models]
@@ -46,6 +47,6 @@ def test_control_models_are_about_as_large(tiny_preset, tiny_network):
         assert chosen.size_mib() <= model.size_mib() < 1.1 * chosen.size_mib() + smallest_saving
         assert model.formats != chosen.formats
     nearest = min(("fp16", "int8", "int7", "int6", "int5"), key=lambda fmt: abs(
-        size_mib(baseline.config, dict.fromkeys(experiment.layer_weights(baseline.state), fmt)) - chosen.size_mib()
+        size_mib(baseline.config, dict.fromkeys(layer_weights(baseline.state), fmt)) - chosen.size_mib()
     ))  # fmt: skip
     assert labels[3] == f"Uniform ({nearest.upper()})"

@@ -16,7 +16,8 @@ import torch
 from common import checkpoint, experiment, fisher, metrics, report
 from common.config import PRESETS, run_main, script_parser
 from common.layers import layer_weights
-from common.model import full_precision, save_model
+from common.model import full_precision, load_model, save_model
+from common.run import settle
 from common.unet import UNet
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +75,7 @@ def baseline(tiny_preset, tiny_network, tmp_path):
 
 
 def settled(*arguments):
-    return experiment.settle(script_parser("").parse_args(list(arguments)))
+    return settle(script_parser("").parse_args(list(arguments)))
 
 
 def write_model(path, network):
@@ -345,7 +346,7 @@ def test_quantized_checkpoint_given_to_a_strategy(refused, tiny_network, tmp_pat
 
 @pytest.mark.parametrize("script", ["simplediffusion", "layer_ratio"])
 def test_fisher_values_of_other_weights(refused, baseline, tmp_path, script):
-    weights = experiment.load_model(baseline).sha256
+    weights = load_model(baseline).sha256
     path = Path("results/quick") / f"fisher-{weights[:12]}.safetensors"
     ones = torch.ones(1, 1, dtype=torch.float64)
     fisher.save(path, fisher.FisherTable(["a"], [1], ones, 2 * ones, [1], {}, "b" * 64, []))

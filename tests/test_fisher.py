@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import checkpoint, experiment, fisher, gradients
+from common import checkpoint, diffusion_fisher, fisher, gradients
 from common.config import UserError, script_parser
 from common.diffusion import Schedule, denoising_loss
 from common.fisher import FisherTable, fisher_information
 from common.gradients import squared_gradients
 from common.model import full_precision
+from common.run import settle
 from common.unet import UNet
 
 
@@ -325,10 +326,10 @@ def test_measure_fills_a_row_for_each_timestep():
 
 @pytest.fixture
 def run_and_model(tiny_preset, tiny_network, monkeypatch):
-    monkeypatch.setattr(experiment, "FISHER_GRID", 2)
+    monkeypatch.setattr(diffusion_fisher, "FISHER_GRID", 2)
     options = script_parser("").parse_args(["--preset", "quick", "--device", "cpu"])
     model = full_precision(tiny_network.config, tiny_network.state_dict(), {"label": "Baseline (FP32)"})
-    return experiment.settle(options), model
+    return settle(options), model
 
 
 def forbid_measuring(monkeypatch):
@@ -340,41 +341,41 @@ def forbid_measuring(monkeypatch):
 
 def test_fisher_table_is_measured_once_and_reused(run_and_model, monkeypatch):
     run, model = run_and_model
-    monkeypatch.setattr(experiment, "FISHER_GRID", 20)
-    table = experiment.fisher_table(run, model)
+    monkeypatch.setattr(diffusion_fisher, "FISHER_GRID", 20)
+    table = diffusion_fisher.fisher_table(run, model)
     assert table.weights == model.sha256 and table.names == list(model.state)
     assert table.timesteps == [1, *range(25, 1000, 50)]  # the centres of 20 equal parts of 0..999
     assert table.samples == [run.preset.fisher_digits] + [run.preset.fisher_grid_digits] * 20
     assert (table.values > 0).all() and (table.errors > 0).all()
 
     forbid_measuring(monkeypatch)
-    again = experiment.fisher_table(run, model)
+    again = diffusion_fisher.fisher_table(run, model)
     assert torch.equal(again.values, table.values) and torch.equal(again.errors, table.errors)
     assert again.settings == table.settings
 
 
 def test_fisher_table_that_is_missing_is_measured_to_the_same_values(run_and_model):
     run, model = run_and_model
-    table = experiment.fisher_table(run, model)
+    table = diffusion_fisher.fisher_table(run, model)
     (path,) = run.out.glob("fisher-*.safetensors")
     content = path.read_bytes()
     path.unlink()
-    assert torch.equal(experiment.fisher_table(run, model).values, table.values)
+    assert torch.equal(diffusion_fisher.fisher_table(run, model).values, table.values)
     assert path.read_bytes() == content
 
 
 def test_fisher_table_of_other_settings_is_measured_anew(run_and_model):
     run, model = run_and_model
-    experiment.fisher_table(run, model)
+    diffusion_fisher.fisher_table(run, model)
     more = replace(run, preset=replace(run.preset, fisher_digits=6))
-    assert experiment.fisher_table(more, model).samples[0] == 6
+    assert diffusion_fisher.fisher_table(more, model).samples[0] == 6
 
 
 def test_fisher_table_belongs_to_its_weights(run_and_model, tiny_config):
     run, model = run_and_model
     torch.manual_seed(5)
     other = full_precision(tiny_config, UNet(tiny_config).state_dict(), {})
-    table, other_table = experiment.fisher_table(run, model), experiment.fisher_table(run, other)
+    table, other_table = diffusion_fisher.fisher_table(run, model), diffusion_fisher.fisher_table(run, other)
     assert len(list(run.out.glob("fisher-*.safetensors"))) == 2
     assert not torch.equal(table.values, other_table.values)
 
@@ -386,7 +387,7 @@ def test_fisher_table_of_other_weights_under_the_expected_name_is_an_error(run_a
     content = path.read_bytes()
     forbid_measuring(monkeypatch)
     with pytest.raises(UserError, match="other weights"):
-        experiment.fisher_table(run, model)
+        diffusion_fisher.fisher_table(run, model)
     assert path.read_bytes() == content
 
 
@@ -401,7 +402,7 @@ def test_fisher_table_measures_the_model_at_hand(run_and_model, monkeypatch):
         return measure(network, loss, batches, *rest)
 
     monkeypatch.setattr(fisher, "measure", spy)
-    table = experiment.fisher_table(run, model)
+    table = diffusion_fisher.fisher_table(run, model)
     network, (x0, t, noise) = seen["network"], seen["batches"][1]
     assert not network.training
     assert checkpoint.hash_tensors(network.state_dict()) == model.sha256

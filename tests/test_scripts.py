@@ -307,7 +307,7 @@ def test_report_keeps_settings_apart(call, trained, monkeypatch, capsys):
 
 
 def test_dry_run_of_the_published_size(call, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(experiment, "cost_estimate", lambda run: "cost")  # times the network, which takes seconds
+    monkeypatch.setattr("common.run.cost_estimate", lambda run: "cost")  # times the network, which takes seconds
     monkeypatch.setattr(sys, "argv", ["simplediffusion.py", "--preset", "paper", "--device", "cpu", "--dry-run"])
     importlib.import_module("simplediffusion").main()
     printed = capsys.readouterr().out

@@ -19,7 +19,7 @@ def run_script(folder: str, network, arguments: tuple[str, ...], die_at_write: i
     """simplediffusion.py in `folder`, on a preset of a few seconds; killed in the middle of its n-th write."""
     os.environ.update(environment)
     import simplediffusion
-    from common import checkpoint, experiment, training
+    from common import checkpoint, experiment, run, training
     from common.config import PRESETS, run_main
 
     os.chdir(folder)
@@ -34,7 +34,7 @@ def run_script(folder: str, network, arguments: tuple[str, ...], die_at_write: i
         fisher_digits=4,
         fisher_grid_digits=1,
     )
-    experiment.CHECKPOINTS = Path("checkpoints")
+    run.CHECKPOINTS = Path("checkpoints")
     load_digits = experiment.load_digits
     experiment.load_digits = lambda *which: load_digits(*which)[:500]  # so that their features take no time
     training.SAVE_SECONDS = -1  # after every step

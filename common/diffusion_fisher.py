@@ -1,0 +1,76 @@
+"""Fisher information, and what rounding by feedback needs, of the diffusion loss on real digits."""
+
+import numpy as np
+import torch
+
+from common import distributed, fisher
+from common.data import load_digits, to_model_range
+from common.device import derive_seed
+from common.diffusion import NoiseStreams, Schedule, denoising_loss
+from common.feedback import Feedback, measure_feedback
+from common.gradients import SampleLoss
+from common.model import Model
+from common.run import Run
+
+FISHER_GRID = 20  # timesteps, at the centres of equal parts of 0..T-1
+FISHER_SEED = 0
+
+
+def fisher_table(run: Run, model: Model) -> fisher.FisherTable:
+    """Fisher values of the baseline at timestep 1 and on a grid; measured where no file fits the weights."""
+    schedule, preset = Schedule(model.config.timesteps), run.preset
+    grid = [int((i + 0.5) * schedule.timesteps / FISHER_GRID) for i in range(FISHER_GRID)]
+    settings = {
+        "data": run.data,
+        "digits": preset.fisher_digits,
+        "grid_digits": preset.fisher_grid_digits,
+        "grid": grid,
+    }
+    weights = model.sha256
+    path = run.out / f"fisher-{weights[:12]}.safetensors"
+    if distributed.agree(path.exists()):
+        table = fisher.load(path, weights)
+        if table.settings == settings:
+            return table
+    digits = load_digits(run.data, "train", run.data_dir)
+    batches = {1: _noised(run, digits, [1] * preset.fisher_digits)} | {
+        t: _noised(run, digits, [t] * preset.fisher_grid_digits) for t in grid
+    }
+    network = model.network().to(run.device)
+    table = fisher.measure(network, diffusion_loss(schedule), batches, weights, settings, schedule.image_weights(grid))
+    if distributed.rank() == 0:
+        fisher.save(path, table)
+    return table
+
+
+def rounding_feedback(run: Run, model: Model) -> dict[str, Feedback]:
+    """What rounding by feedback needs to know of the baseline's weights, from real digits.
+
+    Timesteps lie as densely as they weigh in the finished image.
+    """
+    schedule, n = Schedule(model.config.timesteps), run.preset.fisher_digits
+    share = np.cumsum(schedule.image_weights(list(range(schedule.timesteps))))
+    timesteps = np.searchsorted(share / share[-1], (np.arange(n) + 0.5) / n)
+    network = model.network().to(run.device)
+    samples = _noised(run, load_digits(run.data, "train", run.data_dir), timesteps.tolist())
+    return measure_feedback(network, diffusion_loss(schedule), samples)
+
+
+def training_digits(run: Run) -> torch.Tensor:
+    """The digits that --data trains on, (N, 1, 32, 32) in [-1, 1], on the device."""
+    return to_model_range(load_digits(run.data, "train", run.data_dir)).to(run.device)
+
+
+def _noised(run: Run, digits: torch.Tensor, timesteps: list[int]) -> tuple[torch.Tensor, ...]:
+    """What `diffusion_loss` takes: some of `digits` (uint8), always the same, timesteps (N,), and noise."""
+    generator = torch.Generator().manual_seed(derive_seed(FISHER_SEED, "fisher"))
+    chosen, n = torch.randperm(len(digits), generator=generator), len(timesteps)
+    noise = NoiseStreams(derive_seed(FISHER_SEED, "fisher", timesteps[0]), range(n)).draw(run.device)
+    return to_model_range(digits[chosen[:n]]).to(run.device), torch.tensor(timesteps, device=run.device), noise
+
+
+def diffusion_loss(schedule: Schedule) -> SampleLoss:
+    def loss(call, x0, t, noise):
+        return denoising_loss(call, schedule, x0, t, noise)
+
+    return loss
