@@ -16,6 +16,7 @@ from common.model import Model, load_model
 from common.sampling import load_images
 
 SHOWN_IMAGES = 12
+MARKERS = ("o", "s", "^")  # of the first ten colours, the next, ...
 GROUPS = {"layers 1-2": "12", "layers 3-6": "3456"}
 
 
@@ -68,23 +69,27 @@ def draw_samples(rows: list[dict]):
 
 
 def draw_fid_against_size(rows: list[dict]):
-    """FID with one standard error against the size of the file; the band is that of real test digits."""
+    """FID, and PSNR to the FP32 images, against the size of the file, with one standard error; the band is that of
+    real test digits."""
     measured = [r | {"mib": r.get("file_mib", r["size_mib"]), "by": _strategy(r)} for r in rows if r.get("size_mib")]
     if len(measured) < 2:
         return None
-    figure, axis = plt.subplots(figsize=(7, 4.5))
-    strategies = list(dict.fromkeys(r["by"] for r in measured))
-    for colour, strategy in enumerate(strategies):
-        chosen = [r for r in measured if r["by"] == strategy]
-        axis.errorbar(
-            [r["mib"] for r in chosen], [r["fid"] for r in chosen], [r["fid_error"] for r in chosen],
-            fmt="o", capsize=3, color=f"C{colour}", label=strategy,
-        )  # fmt: skip
-    _band_of_real_digits(axis, rows)
-    axis.set(xlabel="MiB of the file", ylabel=f"FID ({rows[0]['metric']})", xscale="log", yscale="log")
-    _plain_ticks(axis)
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3, which="both")
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.5))
+    for axis, key in zip(axes, ("fid", "psnr"), strict=True):
+        for colour, strategy in enumerate(dict.fromkeys(r["by"] for r in measured)):
+            chosen = [r for r in measured if r["by"] == strategy and key in r]
+            axis.errorbar(
+                [r["mib"] for r in chosen], [r[key] for r in chosen], [r[f"{key}_error"] for r in chosen],
+                fmt=MARKERS[colour // 10], capsize=3, color=f"C{colour % 10}", label=strategy,
+            )  # fmt: skip
+        axis.set(xlabel="MiB of the file", xscale="log")
+        axis.grid(alpha=0.3, which="both")
+    _band_of_real_digits(axes[0], rows)
+    axes[0].set(ylabel=f"FID ({rows[0]['metric']})", yscale="log")
+    axes[1].set(ylabel="PSNR to the FP32 images, dB")
+    for axis in axes:
+        _plain_ticks(axis)
+    axes[0].legend(fontsize=8)
     return figure
 
 
@@ -108,8 +113,10 @@ def draw_fid_against_ratio(rows: list[dict]):
 
 
 def _strategy(row: dict) -> str:
-    """What a row is drawn as: budgets by their coding, the others by their rule."""
-    return f"Budget, {row['format']}" if row["strategy"] == "Budget" else row["strategy"]
+    """What a row is drawn as: budgets by their coding, random draws as one, the others by their rule."""
+    if row["strategy"] == "Budget":
+        return f"Budget, {row['format']}" + (", finetuned" if "updates" in row["setting"] else "")
+    return "Random" if row["strategy"].startswith("Random ") else row["strategy"]
 
 
 def _band_of_real_digits(axis, rows: list[dict]) -> None:

@@ -1,6 +1,7 @@
 """Tables of rows: those of one run, and all that results.jsonl holds.
 
-python -m common.report --preset quick      # prints every row and draws the figures into results/quick/figures/
+python -m common.report --preset quick                # prints every row and draws the figures into results/quick/figures/
+python -m common.report --preset quick --markdown     # prints the tables as Markdown
 """
 
 import json
@@ -63,14 +64,7 @@ def _identity(row: dict) -> tuple:
 
 def format_table(rows: list[dict]) -> str:
     """Rows of the same settings as text, under a header that names the features, the data and the sampling."""
-    first = rows[0]
-    head = (
-        "\nPreset {preset}, baseline {baseline:.8}; {metric}; reference: {data} training digits; {images} images, "
-        "{sampler} {steps} steps, eta {eta:g}, seed {seed}, sampled in {precision} on {device}, batch {batch_size}; "
-        "errors: 1 standard error\n"
-    ).format(**first)
-    baseline_size = next((row["size_mib"] for row in rows if row["label"].startswith("Baseline")), None)
-    table = [COLUMNS] + [_cells(row, baseline_size) for row in rows]
+    table = [COLUMNS] + [_cells(row, rows) for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
@@ -82,10 +76,30 @@ def format_table(rows: list[dict]) -> str:
             "\npublished: at the paper size, Inception features; its FIDs are of the unquantized weights "
             "(README, what differs) and compare with no column here"
         )
-    return head + "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]) + foot
+    return f"\n{describe(rows[0])}\n" + "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]) + foot
 
 
-def _cells(row: dict, baseline_size: float | None) -> list[str]:
+def format_markdown(rows: list[dict]) -> str:
+    """The table as Markdown, without the published column where it is empty."""
+    table = [COLUMNS] + [_cells(row, rows) for row in rows]
+    if not any(row.get("published") for row in rows):
+        table = [line[:-1] for line in table]
+    lines = ["| " + " | ".join(line) + " |" for line in table]
+    return "\n".join([f"\n{describe(rows[0])}", "", lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
+
+
+def describe(row: dict) -> str:
+    """What the rows of a table share: features, data and sampling."""
+    return (
+        "Preset {preset}, baseline {baseline:.8}; {metric}; reference: {data} training digits; {images} images, "
+        "{sampler} {steps} steps, eta {eta:g}, seed {seed}, sampled in {precision} on {device}, batch {batch_size}; "
+        "errors: 1 standard error"
+    ).format(**row)
+
+
+def _cells(row: dict, rows: list[dict]) -> list[str]:
+    baseline_size = next((other["size_mib"] for other in rows if other["label"].startswith("Baseline")), None)
+
     def figure(key: str, digits: int, factor: float = 1.0) -> str:
         if row.get(key) is None:
             return "-"
@@ -149,11 +163,14 @@ def main():
     parser = Parser(prog="python -m common.report", description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="quick", help="which of results/<preset> to read")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the scripts' --out; default: results/<preset>")
+    parser.add_argument("--markdown", action="store_true", help="tables alone, as Markdown")
     options = parser.parse_args()
     folder = options.out or Path("results") / options.preset
     groups = group_rows(read_rows(folder / "results.jsonl"))
     for group in groups:
-        print(format_table(group))
+        print(format_markdown(group) if options.markdown else format_table(group))
+    if options.markdown:
+        return
 
     from common.figures import draw_all
 
