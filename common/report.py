@@ -1,6 +1,6 @@
 """Tables of rows: those of one run, and all that results.jsonl holds.
 
-python -m common.report --preset quick                # prints every row and draws the figures into results/quick/figures/
+python -m common.report --preset quick                # prints every row, draws the figures into results/quick/figures/
 python -m common.report --preset quick --markdown     # prints the tables as Markdown
 """
 

@@ -295,6 +295,18 @@ def test_report_prints_and_draws_everything(call, trained, real, monkeypatch, ca
         assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 5_000
 
 
+def test_report_as_markdown_has_the_same_cells(call, trained, real, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report.py", "--preset", "quick", "--markdown"])
+    report.main()
+    printed = capsys.readouterr().out
+    lines = [line.strip("|").split("|") for line in printed.splitlines() if line.startswith("| ")]
+    header, *cells = [[cell.strip() for cell in line] for line in lines]
+    assert header == report.COLUMNS and [line[0] for line in cells] == [real, "Baseline (FP32)", "Uniform (FP16)"]
+    for line in cells[1:]:
+        assert_printed("  ".join(line), row_of(line[0]))
+    assert "features" in printed and "standard error" in printed
+
+
 def test_report_keeps_settings_apart(call, trained, monkeypatch, capsys):
     call("simplediffusion", "--seed", "1")
     monkeypatch.setattr("common.figures.draw_all", lambda folder, groups: [])  # takes seconds
