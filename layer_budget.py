@@ -11,11 +11,11 @@ chooses for each tensor one of fp32, fp16 and int8 to int2, the best choice ther
 with all that is in it.
 """
 
-from common.config import bounded_float, positive_int, run_main, script_parser
+from common.config import bounded_float, positive_int, run_main, strategy_parser
 
 
 def main():
-    parser = script_parser(__doc__)
+    parser = strategy_parser(__doc__)
     sizes = parser.add_mutually_exclusive_group(required=True)
     sizes.add_argument(
         "--size", type=bounded_float(1e-6, 1e6, 0.8), nargs="+", metavar="MIB", help="of the file, at most"
@@ -31,6 +31,8 @@ def main():
     options = parser.parse_args()
     if options.times and "auto" in options.times and len(options.times) > 1:
         parser.error("argument --times: auto stands alone")
+    if options.controls and options.times and "auto" in options.times:
+        parser.error("argument --controls: goes with given sizes only")
     if options.finetune and (options.coding != "entropy" or (options.times and "auto" in options.times)):
         parser.error("argument --finetune: goes with --coding entropy and given sizes only")
 
@@ -45,7 +47,7 @@ def main():
             limits = {}
         else:
             limits = {f"{times:g}x": int(baseline.size_mib() * MIB / times) for times in options.times}
-        return build(run, bench, baseline, options.coding, limits, options.finetune)
+        return build(run, bench, baseline, options.coding, limits, options.finetune, options.controls)
 
     run_models(options, models)
 

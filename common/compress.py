@@ -10,6 +10,7 @@ from tqdm import tqdm
 from common import budget
 from common.budget import BudgetError, fixed_formats
 from common.config import UserError
+from common.controls import random_order
 from common.diffusion import Schedule
 from common.diffusion_fisher import fisher_table, rounding_feedback, training_digits
 from common.experiment import Bench, measure
@@ -90,10 +91,17 @@ def smallest(baseline: Model, coding: str, about: dict) -> int:
 
 
 def build(
-    run: Run, bench: Bench, baseline: Model, coding: str, limits: dict[str, int], updates: int | None
+    run: Run,
+    bench: Bench,
+    baseline: Model,
+    coding: str,
+    limits: dict[str, int],
+    updates: int | None,
+    draws: int | None,
 ) -> list[Model]:
-    """One model for each limit, {what was asked for: bytes}, and after it one with so many `updates` of finetuning;
-    without limits those of `search`.
+    """One model for each limit, {what was asked for: bytes}; without limits those of `search`.
+
+    After each one with so many `updates` of finetuning, and those of `other_values` with so many random `draws`.
 
     Raises UserError, before any work, for a limit that is too small.
     """
@@ -123,20 +131,38 @@ def build(
     shrunk = budget.shrink(*table.estimates(run.fisher_timestep))
     values = dict(zip(table.names, shrunk.tolist(), strict=True))
     feedback = rounding_feedback(run, baseline) if coding == "entropy" else {}
-    for name, rounding in feedback.items():
-        values[name] *= rounding.gain  # what is left of an error once its neighbours have made it good
 
-    def make(setting: str, limit: int):
-        return CODINGS[coding](baseline, values, about(setting), limit, feedback)
+    def make(setting: str, limit: int, values: dict[str, float]) -> Model:
+        gains = {name: feedback[name].gain if name in feedback else 1.0 for name in values}
+        left = {name: value * gains[name] for name, value in values.items()}  # once neighbours have made good the rest
+        return CODINGS[coding](baseline, left, about(setting), limit, feedback)
 
     if limits:
         models = []
         for asked, limit in tqdm(limits.items(), desc="fitting", unit="file"):
-            models.append(make(asked, limit))
+            models.append(make(asked, limit, values))
             if updates:
                 models.append(finetuned(run, baseline, models[-1], limit, updates))
+            if draws:
+                others = other_values(baseline.state, values, run.sampling.seed, draws)
+                models += [make(f"{asked}, {kind}", limit, other) for kind, other in others.items()]
         return models
-    return search(run, bench, baseline, lambda times: make(f"{times:g}x", int(size / times)), size / least)
+    return search(run, bench, baseline, lambda times: make(f"{times:g}x", int(size / times), values), size / least)
+
+
+def other_values(
+    weights: dict[str, torch.Tensor], values: dict[str, float], seed: int, draws: int
+) -> dict[str, dict[str, float]]:
+    """What might stand in the place of the Fisher `values`: nothing, so that squared errors count alike; mean squared
+    weights; and `draws` in which the values went to other tensors at random."""
+    others = {
+        "unweighted": dict.fromkeys(values, 1.0),
+        "magnitude": {name: max(1e-30, float(weights[name].square().mean())) for name in values},
+    }
+    for i in range(draws):
+        order = random_order(list(values), seed, i)
+        others[f"random {i + 1}"] = dict(zip(values, (values[name] for name in order), strict=True))
+    return others
 
 
 def search(run: Run, bench: Bench, baseline: Model, make: Callable[[float], Model], most: float) -> list[Model]:

@@ -189,13 +189,13 @@ def script_parser(description: str) -> Parser:
 
 
 def strategy_parser(description: str) -> Parser:
-    """`script_parser`, and what the scripts of the four rules share."""
+    """`script_parser`, and what the scripts of the rules share."""
     parser = script_parser(description)
     parser.add_argument(
         "--controls",
         type=positive_int,
         metavar="N",
-        help="after each row, rows that save as much: N random choices, smallest weights first, uniform",
+        help="after each row, rows of its size without Fisher information: N random choices, by magnitude, uniform",
     )
     return parser
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from common import budget, entropy
+from common import budget, compress, entropy
 from common.budget import BudgetError
 from common.config import run_main
 from common.feedback import measure_feedback
 from common.fisher import fisher_information
-from common.model import MIB, full_precision, load_model, save_model
+from common.model import MIB, file_bytes, full_precision, load_model, save_model
 from common.quantization import stored_bytes
 from common.run import preset_checkpoint
 
@@ -171,6 +171,29 @@ def test_the_file_keeps_to_its_size_and_repeats_its_weights(script, coding):
 
 
 @pytest.mark.parametrize("coding", ["entropy", "fixed"])
+def test_twenty_sizes_from_the_smallest_to_fp32_are_kept_to(tiny_network, coding):
+    baseline = full_precision(tiny_network.config, tiny_network.state_dict(), {})
+    least, most = compress.smallest(baseline, coding, {}), int(baseline.size_mib() * MIB)
+    values = dict.fromkeys(baseline.state, 1.0)
+    errors = []
+    for limit in np.geomspace(least, most, 20).astype(int).tolist():
+        model = compress.CODINGS[coding](baseline, values, {}, limit, {})
+        assert file_bytes(model) <= limit
+        errors.append(sum(float((model.state[n] - w).square().sum()) for n, w in baseline.state.items()))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-3 * errors[0]
+
+
+def test_other_values_are_the_same_numbers_elsewhere_or_none():
+    weights = {"a": torch.tensor([1.0, -3.0]), "b": torch.zeros(2), "c": torch.ones(2)}
+    values = {"a": 1.0, "b": 2.0, "c": 3.0}
+    others = compress.other_values(weights, values, 0, 4)
+    assert others["unweighted"] == {"a": 1.0, "b": 1.0, "c": 1.0}
+    assert others["magnitude"] == {"a": 5.0, "b": 1e-30, "c": 1.0}
+    draws = [others[f"random {i}"] for i in range(1, 5)]
+    assert all(sorted(draw.values()) == [1.0, 2.0, 3.0] for draw in draws) and any(draw != values for draw in draws)
+
+
+@pytest.mark.parametrize("coding", ["entropy", "fixed"])
 def test_a_size_that_cannot_be_reached(script, coding, capfd, tmp_path):
     with pytest.raises(SystemExit) as exit_:
         script("--coding", coding, "--size", "0.0001")
@@ -183,6 +206,14 @@ def test_a_finetuned_row_keeps_to_the_size_of_its_own(script):
     assert trained["label"] == "Budget 9x, 3 updates (entropy)" and plain["label"] == "Budget 9x (entropy)"
     assert trained["file_mib"] * MIB <= int(script.baseline.size_mib() * MIB / 9)
     assert load_model(trained["file"]).sha256 == trained["weights"] != plain["weights"]
+
+
+def test_controls_are_of_the_same_size(script):
+    rows = script("--times", "6", "--controls", "1")
+    kinds = ("", ", unweighted", ", magnitude", ", random 1")
+    assert [row["label"] for row in rows] == [f"Budget 6x{kind} (entropy)" for kind in kinds]
+    limit = int(script.baseline.size_mib() * MIB / 6)
+    assert all(0.98 * limit < row["file_mib"] * MIB <= limit for row in rows)
 
 
 def test_finetuning_goes_with_entropy_coding(script, capfd):
@@ -204,7 +235,6 @@ def test_auto_finds_where_the_difference_passes_its_error(monkeypatch, capsys):
     """With models whose FID jumps at a factor that is known."""
     from types import SimpleNamespace
 
-    from common import compress
     from common.metrics import Estimate
 
     spread = np.array([-1.0, 1.0, -1.0, 1.0])  # a standard error of 0.58
