@@ -113,9 +113,11 @@ def draw_fid_against_ratio(rows: list[dict]):
 
 
 def _strategy(row: dict) -> str:
-    """What a row is drawn as: budgets by their coding, random draws as one, the others by their rule."""
+    """What a row is drawn as: budgets by coding and kind, random draws as one, the others by their rule."""
     if row["strategy"] == "Budget":
-        return f"Budget, {row['format']}" + (", finetuned" if "updates" in row["setting"] else "")
+        kind = row["setting"].partition(", ")[2]
+        kind = "finetuned" if "updates" in kind else kind.rstrip("0123456789 ")
+        return f"Budget, {row['format']}" + (f", {kind}" if kind else "")
     return "Random" if row["strategy"].startswith("Random ") else row["strategy"]
 
 
