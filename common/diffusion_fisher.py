@@ -33,8 +33,8 @@ def fisher_table(run: Run, model: Model) -> fisher.FisherTable:
         if table.settings == settings:
             return table
     digits = load_digits(run.data, "train", run.data_dir)
-    batches = {1: _noised(run, digits, [1] * preset.fisher_digits)} | {
-        t: _noised(run, digits, [t] * preset.fisher_grid_digits) for t in grid
+    batches = {1: noised(run, digits, [1] * preset.fisher_digits)} | {
+        t: noised(run, digits, [t] * preset.fisher_grid_digits) for t in grid
     }
     network = model.network().to(run.device)
     table = fisher.measure(network, diffusion_loss(schedule), batches, weights, settings, schedule.image_weights(grid))
@@ -52,7 +52,7 @@ def rounding_feedback(run: Run, model: Model) -> dict[str, Feedback]:
     share = np.cumsum(schedule.image_weights(list(range(schedule.timesteps))))
     timesteps = np.searchsorted(share / share[-1], (np.arange(n) + 0.5) / n)
     network = model.network().to(run.device)
-    samples = _noised(run, load_digits(run.data, "train", run.data_dir), timesteps.tolist())
+    samples = noised(run, load_digits(run.data, "train", run.data_dir), timesteps.tolist())
     return measure_feedback(network, diffusion_loss(schedule), samples)
 
 
@@ -61,7 +61,7 @@ def training_digits(run: Run) -> torch.Tensor:
     return to_model_range(load_digits(run.data, "train", run.data_dir)).to(run.device)
 
 
-def _noised(run: Run, digits: torch.Tensor, timesteps: list[int]) -> tuple[torch.Tensor, ...]:
+def noised(run: Run, digits: torch.Tensor, timesteps: list[int]) -> tuple[torch.Tensor, ...]:
     """What `diffusion_loss` takes: some of `digits` (uint8), always the same, timesteps (N,), and noise."""
     generator = torch.Generator().manual_seed(derive_seed(FISHER_SEED, "fisher"))
     chosen, n = torch.randperm(len(digits), generator=generator), len(timesteps)
