@@ -128,7 +128,7 @@ def test_fill_takes_the_lowest_price_that_fits():
     assert torch.equal(
         entropy.decode(budget.fill(weights, steps, nbytes, whole), shapes)["w"], (weights["w"] / 0.3).round() * 0.3
     )
-    for share in (0.97, 0.9):
+    for share in (0.98, 0.95):
         limit = int(share * whole)
         assert 0.97 * limit < nbytes(budget.fill(weights, steps, nbytes, limit)) <= limit
     with pytest.raises(BudgetError):
