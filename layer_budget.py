@@ -25,7 +25,10 @@ def main():
     )
     parser.add_argument("--coding", choices=("entropy", "fixed"), default="entropy", help="what the file stores")
     parser.add_argument(
-        "--finetune", type=positive_int, metavar="N", help="also rows with codes trained for N updates of 64 digits (rate not tuned: README)"
+        "--finetune",
+        type=positive_int,
+        metavar="N",
+        help="also rows with codes trained for N updates of 64 digits (rate not tuned: README)",
     )
     parser.set_defaults(fisher_timestep="image")
     options = parser.parse_args()
