@@ -9,7 +9,6 @@ disk. A package that is not installed has a row too.
 
 import io
 from collections.abc import Callable
-from copy import deepcopy
 
 from common.config import run_main, script_parser
 
@@ -99,21 +98,21 @@ def main():
     print(f"\n{'':36}{'FID':>18}{'FID - FP32':>22}{'PSNR dB':>14}{'file MiB':>10}")
     for name, quantize in PEERS.items():
         try:
-            network, state = quantize(deepcopy(baseline.network()).to(run.device), samples)
+            network, state = quantize(baseline.network().to(run.device), samples)
             network.to = lambda *_, network=network, **__: network  # not every package's tensors can be moved
             images = generate(network.eval(), f"{baseline.sha256} {name}", run.sampling, run.out / "images", name)
         except Exception as error:  # whatever a package that is absent or cannot do it raises
             reason = (str(error) or type(error).__name__).splitlines()[0]
             print(f"{name:36}  cannot: {type(error).__name__}: {reason[:120]}", flush=True)
             continue
+        if images.equal(original.images):
+            print(f"{name:36}  leaves every image as it was", flush=True)
+            continue
         file = io.BytesIO()
         torch.save(state, file)
         scores = score(images, bench.network, bench.reference)
         difference, error = scores.fid.minus(original.scores.fid)
         decibels, decibels_error = psnr(images, original.images)
-        if images.equal(original.images):
-            print(f"{name:36}  leaves every image as it was", flush=True)
-            continue
         cells = (
             f"{scores.fid.value:.3f} ± {scores.fid.error:.3f}",
             f"{difference:+.4f} ± {error:.4f}",

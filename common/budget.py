@@ -117,21 +117,11 @@ def entropy_coded(
     if (smallest := size(best)) > budget:
         raise BudgetError(smallest)
 
-    def search(low: float, high: float, tolerance: float, feedback: dict[str, Feedback] | None) -> float:
-        """The smallest factor in low..high, to within `tolerance`, whose size fits; keeps what it gave."""
-        nonlocal best
-        while high / low > 1 + tolerance:
-            middle = (low * high) ** 0.5
-            stored = encode(middle, feedback)
-            if size(stored) <= budget:
-                high, best = middle, stored
-            else:
-                low = middle
-        return high
-
-    factor = search(coarsest * 1e-9, coarsest, 1e-4, None)
+    factor, found = _finest(lambda f: encode(f, None), size, budget, coarsest * 1e-9, coarsest, 1e-4)
+    best = found or best
     if feedback:  # a little longer or shorter than entry by entry
-        search(factor / 1.2, factor * 1.2, 1e-3, feedback)
+        _, found = _finest(lambda f: encode(f, feedback), size, budget, factor / 1.2, factor * 1.2, 1e-3)
+        best = found or best
     return best
 
 
@@ -148,18 +138,33 @@ def fill(
     best = entropy.encode(weights, steps, price=0.0)
     if size(best) <= budget:
         return best
-    low, high = 1e-3, 1e3
-    best = entropy.encode(weights, steps, price=high)
+    highest = 1e3
+    best = entropy.encode(weights, steps, price=highest)
     if (smallest := size(best)) > budget:
         raise BudgetError(smallest)
-    while high / low > 1.01:
+    _, found = _finest(lambda p: entropy.encode(weights, steps, price=p), size, budget, 1e-3, highest, 0.01)
+    return found or best
+
+
+def _finest(
+    encode: Callable[[float], dict[str, torch.Tensor]],
+    size: Callable[[dict[str, torch.Tensor]], int],
+    budget: int,
+    low: float,
+    high: float,
+    tolerance: float,
+) -> tuple[float, dict[str, torch.Tensor] | None]:
+    """The smallest argument of `encode` in low..high, to within a factor of 1 + `tolerance`, whose size fits, and what
+    it gave; None where nothing below `high` fits."""
+    best = None
+    while high / low > 1 + tolerance:
         middle = (low * high) ** 0.5
-        stored = entropy.encode(weights, steps, price=middle)
+        stored = encode(middle)
         if size(stored) <= budget:
             high, best = middle, stored
         else:
             low = middle
-    return best
+    return high, best
 
 
 def shrink(values: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:

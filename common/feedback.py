@@ -51,12 +51,13 @@ class Feedback:
         size = rows.shape[1]
         rest, codes = rows[:, self.order].astype(np.float64), np.empty(rows.shape, np.int64)
         costs = 1 / np.square(self.upper.diagonal().astype(np.float64))
+        price = price * costs.mean()
         for start in range(0, size, BLOCK):
             end = min(size, start + BLOCK)
             errors = np.empty((len(rest), end - start))
             for j in range(start, end):
                 column = rest[:, j]
-                code = toward_zero(column, np.rint(column).astype(np.int64), bits, price * costs.mean() / costs[j])
+                code = toward_zero(column, np.rint(column).astype(np.int64), bits, price / costs[j])
                 error = (column - code) / self.upper[j, j]
                 rest[:, j + 1 : end] -= np.outer(error, self.upper[j, j + 1 : end])
                 codes[:, self.order[j]], errors[:, j - start] = code, error
