@@ -20,10 +20,10 @@ def peak(work: str, preset_name: str, images: int) -> float:
     """MiB of this process at the most, after `work` on so many images; one step for each where they are sampled."""
     import torch
 
-    from common.device import set_true_fp32
+    from common.device import set_up_torch
     from common.unet import UNet
 
-    set_true_fp32()
+    set_up_torch()
     network = UNet(PRESETS[preset_name].network).eval()
     if work == "sampling":
         from common.sampling import Sampling, generate

@@ -1,11 +1,16 @@
 """Device, precision and seeds: how torch is set up before any work."""
 
 import contextlib
+import ctypes
 import hashlib
+import platform
 
 import torch
+from torch import nn
 
 from common.config import UserError
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def bf16_is_faster(device: torch.device) -> bool:
@@ -16,13 +21,20 @@ def bf16_is_faster(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def set_true_fp32() -> None:
-    """No TF32 and no reduced-precision sums: they round as coarsely as the formats under study."""
+def set_up_torch() -> None:
+    """No TF32 and no reduced-precision sums, which round as coarsely as the formats under study; freed memory is kept.
+
+    By default glibc gives large blocks back to the kernel, which clears every page anew for the next tensor.
+    """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def autocast(device: torch.device, precision: str):
@@ -30,6 +42,14 @@ def autocast(device: torch.device, precision: str):
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def cast_weights(network: nn.Module, precision: str) -> None:
+    """Rounds once what `autocast` would round at each call: the weights of convolutions and linear layers."""
+    if precision == "bf16":
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                module.to(torch.bfloat16)
 
 
 def derive_seed(*parts: int | str) -> int:

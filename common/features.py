@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common import checkpoint
 from common.config import Parser, UserError, run_main
 from common.data import load_labelled_digits, to_model_range
-from common.device import derive_seed, set_true_fp32
+from common.device import derive_seed, set_up_torch
 
 CLASSIFIER_FILE = Path(__file__).parent.parent / "checkpoints" / "features.safetensors"
 CLASSIFIER_SHA256 = "abcc2d222f6c21c5f551b2e2c2519179085815f17fc1863703819d058add19ad"
@@ -144,7 +144,7 @@ def _download_inception(url: str) -> Path:
 
 def train_classifier(data_dir: Path, epochs: int = 3, seed: int = 0) -> tuple[DigitClassifier, float]:
     """The classifier trained on the 60,000 digits, shifted by up to 2 pixels, and its accuracy on the 10,000 others."""
-    set_true_fp32()
+    set_up_torch()
     torch.manual_seed(derive_seed(seed, "features"))
     images, labels = load_labelled_digits("mnist", "train", data_dir)
     network, batch = DigitClassifier().to(memory_format=torch.channels_last), 128

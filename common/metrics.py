@@ -258,11 +258,11 @@ def main():
     options = parser.parse_args()
 
     from common.data import load_digits
-    from common.device import choose_device, set_true_fp32
+    from common.device import choose_device, set_up_torch
     from common.features import load_features
 
     images = load_folder(options.folder)
-    set_true_fp32()
+    set_up_torch()
     network = load_features(options.metric, choose_device(options.device), options.inception_weights)
     require_enough(len(images), network)
     digits = load_digits(options.data, "train", options.data_dir)

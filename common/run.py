@@ -11,7 +11,7 @@ import torch
 
 from common import distributed, report
 from common.config import PRESETS, Preset, TrainingConfig, UserError
-from common.device import autocast, bf16_is_faster, choose_device, set_true_fp32
+from common.device import autocast, bf16_is_faster, choose_device, set_up_torch
 from common.layers import layer_weights
 from common.model import MIB, Model, load_model, size_mib, tensor_shapes
 from common.sampling import Sampling
@@ -53,7 +53,7 @@ def settle(options: argparse.Namespace) -> Run:
 
     Raises UserError naming the option, its value and the remedy.
     """
-    set_true_fp32()
+    set_up_torch()
     device = distributed.start(choose_device(options.device))
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)

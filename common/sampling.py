@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from common import checkpoint, distributed
 from common.data import to_uint8
-from common.device import autocast
+from common.device import autocast, cast_weights
 from common.diffusion import NoiseStreams, Schedule, sample
 
 
@@ -55,6 +55,7 @@ def generate(network: nn.Module, weights: str, sampling: Sampling, folder: Path,
         return load_images(path)
     device = torch.device(sampling.device)
     network = network.to(device, memory_format=torch.channels_last).eval()
+    cast_weights(network, sampling.precision)
     schedule = Schedule(network.config.timesteps)
     starts = range(0, sampling.images, sampling.batch_size)
     parts = path.with_suffix(".parts")

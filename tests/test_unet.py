@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.config import UNetConfig
-from common.unet import UNet, from_published, load_tensors, sinusoidal_embedding
+from common.device import autocast, cast_weights
+from common.unet import UNet, attend, from_published, load_tensors, sinusoidal_embedding
 
 PAPER_CHANNELS = (64, 128, 256, 512, 512, 384)
 ATTENTION_LAYERS = (2, 6)
@@ -144,6 +145,25 @@ def test_from_published_is_the_published_function(channels, groups, heads):
         ours, published = network(x, t), published_forward(state, x, t, groups, heads)
     assert published.std() > 0.1
     assert torch.allclose(ours, published, rtol=0, atol=1e-5 * float(published.abs().max()))
+
+
+def test_attention_in_bfloat16_is_that_of_torch():
+    """Each weight of a mean of values is rounded to 8 bits once or twice."""
+    q, k, v = torch.randn(3, 2, 4, 100, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ours, expected = attend(q, k, v), F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert ours.dtype == torch.bfloat16
+    assert (ours - expected).abs().max() < 4 * 2**-8 * float(expected.abs().max())
+
+
+def test_weights_rounded_once_are_those_rounded_at_each_call(tiny_network):
+    x, t = torch.randn(2, 1, 32, 32), torch.tensor([3, 700])
+    with torch.inference_mode(), autocast(torch.device("cpu"), "bf16"):
+        each_time = tiny_network(x, t)
+        cast_weights(tiny_network, "fp32")
+        assert {w.dtype for w in tiny_network.parameters()} == {torch.float32}
+        cast_weights(tiny_network, "bf16")
+        assert tiny_network.layer1.block1.conv1.weight.dtype == torch.bfloat16
+        assert torch.equal(tiny_network(x, t), each_time)
 
 
 def test_every_published_tensor_acts():
