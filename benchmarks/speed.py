@@ -3,8 +3,7 @@
     python -m benchmarks.speed --preset quick
     python -m benchmarks.speed --preset paper --json speed.json
 
-The published way, re-created from its description: FP32, contiguous memory, one image at a time, dropout in attention
-always on, one backward pass for each Fisher sample, batches of 64 in training, FID by pytorch-fid's command over two
+The published way (benchmarks/published.py) runs in a process of its own, and its FID by pytorch-fid's command over two
 folders of PNG files (its Inception network has random weights here: the work is the same, and no FID is printed).
 Times are medians of several rounds after one that does not count; the slow FID is timed once. "of peak" is the
 arithmetic rate of the network as a share of this machine's own rate for a product of large matrices in the same
@@ -14,31 +13,32 @@ precision. bfloat16 is left out where the processor emulates it.
 import contextlib
 import io
 import json
+import multiprocessing
 import statistics
-import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from benchmarks import published
+from benchmarks.published import fisher_samples, now, timed
 from common.checkpoint import write_atomically
-from common.config import PRESETS, Parser, Preset, positive_int, run_main
-from common.device import autocast, bf16_is_faster, choose_device, set_true_fp32
+from common.config import PRESETS, Parser, Preset, UNetConfig, positive_int, run_main
+from common.device import autocast, bf16_is_faster, cast_weights, choose_device, set_up_torch
 from common.diffusion import NoiseStreams, Schedule, denoising_loss, sample
 from common.fisher import fisher_information
 from common.training import train
 from common.unet import UNet
 
-PUBLISHED_BATCH = 64  # of its training
 FID_IMAGES = 100  # in each folder
 FID_WORK = f"FID of {FID_IMAGES} images"
 SAMPLING_STEPS = 2
@@ -59,19 +59,23 @@ def speed(preset: Preset, device: torch.device, rounds: int) -> list[Timing]:
     """Times sampling, training and Fisher information, each in the published way and in this project's."""
     torch.manual_seed(0)
     ours = UNet(preset.network).to(device, memory_format=torch.channels_last).eval()
-    published = UNet(replace(preset.network, dropout=0.1)).to(device).eval()
     flops = forward_flops(ours, device)
     batch = 250 if device.type == "cuda" else 50
     digits = 16 if device.type == "cpu" else 256
+    apart = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+    def as_published(work: Callable[[UNetConfig, torch.device], float]) -> Callable[[], float]:
+        return lambda: apart.submit(work, preset.network, device).result()
+
     ways: dict[tuple[str, str], tuple[Callable[[], float], float, str]] = {
         # (work, way): (seconds for one unit of work, arithmetic operations of one, precision)
-        ("sampling, image and step", "published"): (lambda: published_sampling(published, device), flops, "fp32"),
+        ("sampling, image and step", "published"): (as_published(published.sampling), flops, "fp32"),
         ("sampling, image and step", "fp32"): (lambda: sampling(ours, device, batch, "fp32"), flops, "fp32"),
         ("sampling, image and step", "bf16"): (lambda: sampling(ours, device, batch, "bf16"), flops, "bf16"),
-        ("training, digit", "published"): (lambda: published_training(preset, device), 3 * flops, "fp32"),
+        ("training, digit", "published"): (as_published(published.training), 3 * flops, "fp32"),
         ("training, digit", "fp32"): (lambda: training(preset, device, "fp32"), 3 * flops, "fp32"),
         ("training, digit", "bf16"): (lambda: training(preset, device, "bf16"), 3 * flops, "bf16"),
-        ("Fisher, digit", "published"): (lambda: published_fisher(published, device), 3 * flops, "fp32"),
+        ("Fisher, digit", "published"): (as_published(published.fisher), 3 * flops, "fp32"),
         ("Fisher, digit", "fp32"): (lambda: fisher(ours, device, digits), 3 * flops, "fp32"),
     }
     if not bf16_is_faster(device):
@@ -85,6 +89,7 @@ def speed(preset: Preset, device: torch.device, rounds: int) -> list[Timing]:
             seconds = work()
             if round_ > 0:
                 times[key].append(seconds)
+    apart.shutdown()
     result = [
         Timing(f"product of {MATRIX}x{MATRIX} matrices", p, 2 * MATRIX**3 / max(rates), 1.0)
         for p, rates in peaks.items()
@@ -103,20 +108,6 @@ def forward_flops(network: UNet, device: torch.device) -> float:
     return counter.get_total_flops()
 
 
-def now(device: torch.device) -> float:
-    """The time, in seconds, when the device's queue is empty."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def timed(device: torch.device, work: Callable[[], object]) -> float:
-    """Seconds that `work` takes."""
-    start = now(device)
-    work()
-    return now(device) - start
-
-
 def matrix_rate(device: torch.device, precision: str) -> float:
     """Floating-point operations a second of a product of large matrices."""
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -125,55 +116,13 @@ def matrix_rate(device: torch.device, precision: str) -> float:
     return 2 * MATRIX**3 / timed(device, lambda: a @ b)
 
 
-def with_dropout():
-    """Context: attention as published, with dropout on its weights at all times."""
-    attention = partial(F.scaled_dot_product_attention, dropout_p=0.1)
-    return mock.patch.object(F, "scaled_dot_product_attention", attention)
-
-
-@torch.no_grad()
-def published_sampling(network: UNet, device: torch.device) -> float:
-    """One image at a time."""
-    schedule, x = Schedule(network.config.timesteps), torch.randn(1, 1, 32, 32, device=device)
-
-    def steps():
-        for t in range(SAMPLING_STEPS, 0, -1):
-            eps = network(x, torch.full((1,), t, device=device))
-            schedule.ddpm_step(x, eps, t, torch.randn_like(x))
-
-    with with_dropout():
-        return timed(device, steps) / SAMPLING_STEPS
-
-
 def sampling(network: UNet, device: torch.device, batch: int, precision: str) -> float:
     """The sampler as the scripts call it."""
-    noise, schedule = NoiseStreams(0, range(batch)), Schedule(network.config.timesteps)
+    noise, schedule, network = NoiseStreams(0, range(batch)), Schedule(network.config.timesteps), deepcopy(network)
+    cast_weights(network, precision)
     with autocast(device, precision):
         seconds = timed(device, lambda: sample(network, schedule, noise, "ddim", SAMPLING_STEPS, 1.0, device))
     return seconds / batch / SAMPLING_STEPS
-
-
-def published_training(preset: Preset, device: torch.device) -> float:
-    """A step of plain Adam in FP32, and of an average that goes from tensor to tensor."""
-    network, schedule = UNet(replace(preset.network, dropout=0.1)).to(device).train(), Schedule()
-    parameters = list(network.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=2e-5, foreach=False)
-    averages = [p.detach().clone() for p in parameters]
-    x0 = torch.rand(PUBLISHED_BATCH, 1, 32, 32, device=device)
-    t = torch.randint(0, schedule.timesteps, (PUBLISHED_BATCH,), device=device)
-
-    def step():
-        loss = denoising_loss(network, schedule, x0, t, torch.randn_like(x0)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            for average, parameter in zip(averages, parameters, strict=True):
-                average.mul_(0.9999).add_(0.0001 * parameter)
-
-    with with_dropout():
-        step()
-        return timed(device, step) / PUBLISHED_BATCH
 
 
 def training(preset: Preset, device: torch.device, precision: str) -> float:
@@ -186,34 +135,14 @@ def training(preset: Preset, device: torch.device, precision: str) -> float:
     return (times[2] - times[0]) / 2 / preset.training.batch_size
 
 
-def published_fisher(network: UNet, device: torch.device, digits: int = 2) -> float:
-    """One backward pass for each digit."""
-
-    def each():
-        for x0, t, noise in zip(*(s.split(1) for s in fisher_samples(network, device, digits)), strict=True):
-            network.zero_grad()
-            denoising_loss(network, Schedule(), x0, t, noise).sum().backward()
-            [p.grad.square().mean() for p in network.parameters()]
-
-    with with_dropout():
-        seconds = timed(device, each) / digits
-    network.zero_grad()
-    return seconds
-
-
 def fisher(network: UNet, device: torch.device, digits: int) -> float:
     """Squared gradients of each digit as the scripts measure them."""
-    samples = fisher_samples(network, device, digits)
+    samples = fisher_samples(device, digits)
 
     def loss(call, x0, t, noise):
         return denoising_loss(call, Schedule(), x0, t, noise)
 
     return timed(device, lambda: fisher_information(network, loss, samples)) / digits
-
-
-def fisher_samples(network: UNet, device: torch.device, digits: int) -> tuple[torch.Tensor, ...]:
-    x0, noise = torch.randn(2, digits, 1, 32, 32, device=device)
-    return x0, torch.full((digits,), 1, device=device), noise
 
 
 def fid_timings(device: torch.device) -> list[Timing]:
@@ -238,12 +167,12 @@ def fid_timings(device: torch.device) -> list[Timing]:
         for i, image in enumerate(images.numpy()):
             Image.fromarray(image).save(halves[i % 2] / f"{i}.png")
         paths = [str(half) for half in halves]
-        published = timed(
+        by_command = timed(
             device, lambda: fid_score.calculate_fid_given_paths(paths, 50, device, Inception.dimensions, num_workers=2)
         )
         network = inception.InceptionV3([inception.InceptionV3.BLOCK_INDEX_BY_DIM[Inception.dimensions]])
     inception_network = Inception(network.eval(), torch.zeros(1008, Inception.dimensions)).to(device)
-    timings = [Timing(FID_WORK, "published", published, None)]
+    timings = [Timing(FID_WORK, "published", by_command, None)]
     for network in (inception_network, load_features("mnist", device, None)):
         reference = make_reference(extract(images, network)[0])
         seconds = timed(device, lambda: fid(extract(images[::2], network)[0], reference))  # noqa: B023, runs at once
@@ -253,11 +182,11 @@ def fid_timings(device: torch.device) -> list[Timing]:
 
 def format_timings(timings: list[Timing]) -> str:
     """A table; each way's speed is that of the published way over it."""
-    published = {t.work: t.seconds for t in timings if t.way == "published"}
+    by_published = {t.work: t.seconds for t in timings if t.way == "published"}
     lines = [f"{'work':34}{'way':>11}{'ms':>11}{'faster':>9}{'of peak':>9}"]
     for t in timings:
         peak = "-" if t.of_peak is None else f"{t.of_peak:.1%}"
-        ratio = f"{published[t.work] / t.seconds:.2f}x" if t.work in published else "-"
+        ratio = f"{by_published[t.work] / t.seconds:.2f}x" if t.work in by_published else "-"
         lines.append(f"{t.work:34}{t.way:>11}{1000 * t.seconds:>11.3f}{ratio:>9}{peak:>9}")
     return "\n".join(lines)
 
@@ -269,7 +198,7 @@ def main():
     parser.add_argument("--rounds", type=positive_int, default=5, help="that count")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the times there too")
     options = parser.parse_args()
-    set_true_fp32()
+    set_up_torch()
     device = choose_device(options.device)
     timings = speed(PRESETS[options.preset], device, options.rounds)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import memory, samplers, speed
+from benchmarks import memory, published, samplers, speed
 from common.config import PRESETS
 from common.unet import UNet
 
@@ -44,7 +44,7 @@ def test_published_way_drops_attention_weights_at_all_times(tiny_network):
     x, t = torch.randn(2, 1, 32, 32), torch.tensor([3, 700])
     with torch.inference_mode():
         plain = tiny_network(x, t)
-        with speed.with_dropout():
+        with published.with_dropout():
             assert not torch.equal(tiny_network(x, t), tiny_network(x, t))
         assert torch.equal(tiny_network(x, t), plain)
 
