@@ -51,6 +51,7 @@ class TrainingConfig:
     muon_lr: float
     warmup_steps: int
     ema: float
+    image_share: float  # of the timesteps, drawn as they weigh in the finished image; the rest uniformly
     gradient_clip: float = 1.0
     seed: int = 0
 
@@ -73,7 +74,14 @@ PRESETS = {
     "paper": Preset(
         network=UNetConfig(),
         training=TrainingConfig(
-            data="mnist", batch_size=128, steps=47_000, lr=3e-4, muon_lr=2e-3, warmup_steps=1_000, ema=0.9995
+            data="mnist",
+            batch_size=128,
+            steps=47_000,
+            lr=3e-4,
+            muon_lr=2e-3,
+            warmup_steps=1_000,
+            ema=0.9995,
+            image_share=0.75,
         ),
         images=5_000,
         sampler="ddpm",
@@ -86,7 +94,14 @@ PRESETS = {
         # Without dropout: the small network, trained for so short a time, is not expected to overfit (not compared).
         network=UNetConfig(channels=(16, 32, 64, 128, 128, 96), groups=16, heads=4, dropout=0.0),
         training=TrainingConfig(
-            data="mnist5k", batch_size=64, steps=12_000, lr=2e-3, muon_lr=5e-3, warmup_steps=100, ema=0.999
+            data="mnist5k",
+            batch_size=64,
+            steps=16_000,
+            lr=2e-3,
+            muon_lr=5e-3,
+            warmup_steps=100,
+            ema=0.999,
+            image_share=0.75,
         ),
         images=1_000,
         sampler="ddim",

@@ -60,6 +60,16 @@ class Schedule:
         abar = self.alphas_cumprod[timesteps]
         return (abar * (1 - abar)).tolist()
 
+    def timesteps_at(self, places: torch.Tensor, image_share: float = 1.0) -> torch.Tensor:
+        """Quantiles of the timesteps, (N,) int64, at `places` (N,) of 0..1.
+
+        A share `image_share` of the timesteps lies as densely as `image_weights`, the rest evenly over 0..T-1.
+        """
+        weights = np.array(self.image_weights(list(range(self.timesteps))))
+        density = image_share * weights / weights.sum() + (1 - image_share) / self.timesteps
+        share = torch.from_numpy(np.cumsum(density)).to(places.device)
+        return torch.searchsorted(share, places.double()).clamp_(max=self.timesteps - 1)
+
     def ddim_timesteps(self, steps: int) -> list[int]:
         """`steps` timesteps from T-1 down, evenly spaced ("trailing", Lin et al. 2024, table 2)."""
         return [round(self.timesteps - i * self.timesteps / steps) - 1 for i in range(steps)]

@@ -1,6 +1,5 @@
 """Fisher information, and what rounding by feedback needs, of the diffusion loss on real digits."""
 
-import numpy as np
 import torch
 
 from common import distributed, fisher
@@ -49,8 +48,7 @@ def rounding_feedback(run: Run, model: Model) -> dict[str, Feedback]:
     Timesteps lie as densely as they weigh in the finished image.
     """
     schedule, n = Schedule(model.config.timesteps), run.preset.fisher_digits
-    share = np.cumsum(schedule.image_weights(list(range(schedule.timesteps))))
-    timesteps = np.searchsorted(share / share[-1], (np.arange(n) + 0.5) / n)
+    timesteps = schedule.timesteps_at((torch.arange(n) + 0.5) / n)
     network = model.network().to(run.device)
     samples = noised(run, load_digits(run.data, "train", run.data_dir), timesteps.tolist())
     return measure_feedback(network, diffusion_loss(schedule), samples)

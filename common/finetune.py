@@ -10,8 +10,10 @@ from tqdm import tqdm
 
 from common.device import derive_seed
 from common.diffusion import Schedule
+from common.training import stratified
 
 BATCH = 64
+CPU = torch.device("cpu")
 PEAK_RATE = 0.01  # of Adam, in steps of the weight's own lattice
 
 
@@ -50,13 +52,11 @@ def finetune(
 
 def sampler_of_digits(digits: torch.Tensor, schedule: Schedule, seed: int) -> Callable[[int], tuple]:
     """draw(i) for `finetune`, from digits (M, 1, 32, 32): timesteps as dense as they weigh in the finished image."""
-    share = torch.tensor(schedule.image_weights(list(range(schedule.timesteps)))).cumsum(0)
 
     def draw(i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(derive_seed(seed, "finetune", i))
         chosen = torch.randint(len(digits), (BATCH,), generator=generator)
-        places = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
-        t = torch.searchsorted(share / share[-1], places.to(share.dtype)).clamp(max=schedule.timesteps - 1)
+        t = schedule.timesteps_at(stratified(BATCH, CPU, generator))
         noise = torch.randn(BATCH, *digits.shape[1:], generator=generator)
         return digits[chosen], t.to(digits.device), noise.to(digits.device)
 

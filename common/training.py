@@ -46,10 +46,9 @@ def ema_decay(config: TrainingConfig, step: int) -> float:
     return min(config.ema, (1 + step) / (10 + step))
 
 
-def stratified_timesteps(n: int, timesteps: int, device) -> torch.Tensor:
-    """(n,) int64, one timestep from each n-th part of 0..T-1: uniform, with less variance than n independent draws."""
-    uniform = torch.rand(n, device=device, dtype=torch.float64)
-    return ((torch.arange(n, device=device) + uniform) * (timesteps / n)).long().clamp_(max=timesteps - 1)
+def stratified(n: int, device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
+    """(n,) float64, a place in each n-th part of 0..1: uniform, with less variance than n independent draws."""
+    return (torch.arange(n, device=device) + torch.rand(n, generator=generator, device=device, dtype=torch.float64)) / n
 
 
 class EpochOrder:
@@ -123,7 +122,7 @@ def train(
     ):
         torch.manual_seed(derive_seed(config.seed, "step", step))
         x0 = to_model_range(images[order.indices(step).to(device)]).contiguous(memory_format=torch.channels_last)
-        t = stratified_timesteps(len(x0), schedule.timesteps, device)
+        t = schedule.timesteps_at(stratified(len(x0), device), config.image_share)
         noise = torch.randn_like(x0)
         if processes > 1:  # what was drawn until here is of the whole batch; dropout is each process's own
             torch.manual_seed(derive_seed(config.seed, "dropout", step, rank))

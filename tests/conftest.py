@@ -31,7 +31,9 @@ def tiny_preset(monkeypatch, tmp_path):
     """Makes `quick` a preset of a few seconds, with its checkpoint and its results in an empty folder."""
     from common import run
 
-    training = TrainingConfig(data="mnist5k", batch_size=8, steps=12, lr=1e-3, muon_lr=1e-3, warmup_steps=4, ema=0.9)
+    training = TrainingConfig(
+        data="mnist5k", batch_size=8, steps=12, lr=1e-3, muon_lr=1e-3, warmup_steps=4, ema=0.9, image_share=0.5
+    )
     preset = replace(
         PRESETS["quick"],
         network=TINY,

@@ -159,6 +159,18 @@ def test_a_denoiser_that_knows_the_digit_samples_it():
         assert torch.allclose(images, digit.expand_as(images), rtol=0, atol=1e-4), sampler
 
 
+def test_timesteps_at_even_places_follow_their_density():
+    """Uniform: the t of numbered places; by image weight: counts in proportion to abar (1 - abar)."""
+    schedule, places = Schedule(), (torch.arange(200_000) + 0.5) / 200_000
+    assert torch.equal(schedule.timesteps_at(places, 0.0), torch.arange(200_000) // 200)
+    abar = torch.from_numpy(schedule.alphas_cumprod)
+    weights = abar * (1 - abar) / (abar * (1 - abar)).sum()
+    for share in (1.0, 0.75):
+        counts = schedule.timesteps_at(places, share).bincount(minlength=1000)
+        assert (counts - 200_000 * (share * weights + (1 - share) / 1000)).abs().max() <= 1
+    assert schedule.timesteps_at(torch.tensor([0.0, 1.0]), 0.75).tolist() == [0, 999]
+
+
 def test_ddim_takes_any_number_of_steps(ddim):
     schedule = Schedule()
     assert schedule.ddim_timesteps(1) == [999]
