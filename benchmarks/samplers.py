@@ -1,6 +1,6 @@
-"""FID against the number of sampling steps: the baseline under DDPM over all of them, and under DDIM over fewer.
+"""FID against the number of sampling steps: the baseline under DDPM over all of them, and under others over fewer.
 
-    python -m benchmarks.samplers --preset quick --ddim 10 20 50 100 250
+    python -m benchmarks.samplers --preset quick --ddim 10 20 50 100 250 --dpm 10 20 50
 
 Names the fewest steps whose FID lies within one standard error of DDPM's. The rows join results.jsonl.
 """
@@ -13,22 +13,27 @@ from common.config import positive_int, run_main, script_parser
 def main():
     parser = script_parser(__doc__)
     parser.add_argument("--ddim", type=positive_int, nargs="+", default=[10, 20, 50, 100, 250], metavar="N")
+    parser.add_argument("--dpm", type=positive_int, nargs="+", default=[10, 20, 50], metavar="N")
     options = parser.parse_args()
     if options.sampler or options.steps:
-        parser.error("--sampler, --steps: every sampler is compared; give the numbers of steps with --ddim")
+        parser.error("--sampler, --steps: every sampler is compared; give the numbers of steps with --ddim and --dpm")
 
     from common import distributed, report
     from common.baseline import load_baseline
     from common.experiment import make_bench, make_row, measure
     from common.run import print_sizes, settle
 
-    options.steps = max(options.ddim)
+    options.steps = max(*options.ddim, *options.dpm)
     run = settle(options)
     if run.dry_run:
         print_sizes(run)
         return
     baseline, bench = load_baseline(run), make_bench(run)
-    samplings = [replace(run.sampling, steps=steps) for steps in sorted(options.ddim)]
+    samplings = [
+        replace(run.sampling, sampler=sampler, steps=steps, eta=1.0)
+        for sampler, numbers in (("ddim", options.ddim), ("dpm++", options.dpm))
+        for steps in sorted(numbers)
+    ]
     samplings.append(replace(run.sampling, sampler="ddpm", steps=run.preset.network.timesteps, eta=1.0))
     rows, fids = [], []
     for sampling in samplings:
@@ -46,13 +51,14 @@ def format_samplers(rows: list[dict], differences: list[tuple[float, float]]) ->
     lines = [f"\n{'sampler':24}{'FID':>18}{'FID - DDPM':>18}{'Score':>18}"]
     near = []
     for row, (difference, error) in zip(rows, differences, strict=True):
-        method = f"{row['sampler']} {row['steps']}, eta {row['eta']:g}"
+        method = f"{row['sampler']} {row['steps']}"
         fid = f"{row['fid']:.3f} ± {row['fid_error']:.3f}"
         score = f"{row['inception_score']:.3f} ± {row['inception_score_error']:.3f}"
         lines.append(f"{method:24}{fid:>18}{f'{difference:+.3f} ± {error:.3f}':>18}{score:>18}")
         if difference <= error:
-            near.append(row["steps"])
-    lines.append(f"fewest steps whose FID is within one standard error of DDPM's: {min(near)}")
+            near.append((row["steps"], row["sampler"]))
+    steps, sampler = min(near)
+    lines.append(f"fewest steps whose FID is within one standard error of DDPM's: {steps}, {sampler}")
     return "\n".join(lines)
 
 

@@ -64,7 +64,7 @@ class Preset:
     training: TrainingConfig
     images: int
     sampler: str
-    ddim_steps: int
+    steps: int  # of the samplers that take fewer than all
     eta: float  # of DDIM: 0 deterministic, 1 as much fresh noise as the ancestral sampler
     fisher_digits: int  # at timestep 1
     fisher_grid_digits: int  # at each timestep of the grid
@@ -85,7 +85,7 @@ PRESETS = {
         ),
         images=5_000,
         sampler="ddpm",
-        ddim_steps=50,
+        steps=50,
         eta=1.0,
         fisher_digits=1_024,
         fisher_grid_digits=256,
@@ -104,8 +104,8 @@ PRESETS = {
             image_share=0.75,
         ),
         images=1_000,
-        sampler="ddim",
-        ddim_steps=20,
+        sampler="dpm++",
+        steps=20,
         eta=1.0,
         fisher_digits=512,
         fisher_grid_digits=128,
@@ -178,9 +178,9 @@ def script_parser(description: str) -> Parser:
     )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--images", type=positive_int, metavar="N", help="of each model; default: the preset's")
-    sampling.add_argument("--sampler", choices=("ddpm", "ddim"), help="default: the preset's")
+    sampling.add_argument("--sampler", choices=("ddpm", "ddim", "dpm++"), help="default: the preset's")
     sampling.add_argument(
-        "--steps", type=positive_int, metavar="N", help="of DDIM; default: the preset's; ddpm takes all 1000"
+        "--steps", type=positive_int, metavar="N", help="of ddim and dpm++; default: the preset's; ddpm takes all 1000"
     )
     sampling.add_argument(
         "--eta", type=bounded_float(0, 1, 0.5), metavar="ETA", help="fresh noise of DDIM, 0..1; default: the preset's"

@@ -51,6 +51,38 @@ class Schedule:
         x_next = float(np.sqrt(abar_next)) * x0 + float(np.sqrt(1 - abar_next - variance)) * own_noise
         return x_next + float(np.sqrt(variance)) * noise
 
+    def dpm_step(
+        self,
+        x: torch.Tensor,
+        x0: torch.Tensor,
+        before: tuple[int, torch.Tensor] | None,
+        t: int,
+        t_next: int,
+        noise: torch.Tensor,
+    ) -> torch.Tensor:
+        """x at `t_next` (-1: the finished image) by the stochastic second-order multistep DPM-Solver++ (Lu et al. 2022,
+        arXiv:2211.01095, appendix A, "SDE-DPM-Solver++(2M)").
+
+        x0: the digit predicted at t; before: timestep and prediction of the step before, from which x0 is
+        extrapolated; the first step has none and is DDIM's with eta 1, as is the last.
+        """
+        if t_next < 0:
+            return x0
+        abar, abar_next = self.alphas_cumprod[t], self.alphas_cumprod[t_next]
+        h = self._half_log_snr(t_next) - self._half_log_snr(t)
+        if before is not None:
+            t_before, x0_before = before
+            ratio = h / (self._half_log_snr(t) - self._half_log_snr(t_before))
+            x0 = x0 + (x0 - x0_before) * float(ratio / 2)
+        x_weight = np.sqrt((1 - abar_next) / (1 - abar)) * np.exp(-h)
+        new = -np.expm1(-2 * h)  # share of the variance that is drawn anew
+        return (
+            float(x_weight) * x + float(np.sqrt(abar_next) * new) * x0 + float(np.sqrt((1 - abar_next) * new)) * noise
+        )
+
+    def _half_log_snr(self, t: int) -> float:
+        return 0.5 * np.log(self.alphas_cumprod[t] / (1 - self.alphas_cumprod[t]))
+
     def image_weights(self, timesteps: list[int]) -> list[float]:
         """How much a squared error of the predicted noise at each timestep weighs in the finished image.
 
@@ -70,7 +102,7 @@ class Schedule:
         share = torch.from_numpy(np.cumsum(density)).to(places.device)
         return torch.searchsorted(share, places.double()).clamp_(max=self.timesteps - 1)
 
-    def ddim_timesteps(self, steps: int) -> list[int]:
+    def spaced_timesteps(self, steps: int) -> list[int]:
         """`steps` timesteps from T-1 down, evenly spaced ("trailing", Lin et al. 2024, table 2)."""
         return [round(self.timesteps - i * self.timesteps / steps) - 1 for i in range(steps)]
 
@@ -108,17 +140,20 @@ def sample(
 ) -> torch.Tensor:
     """Images, float (N, 1, 32, 32), one for each stream of `noise`.
 
-    sampler: "ddpm" (all T steps; `steps` must equal T) or "ddim" (`steps` of 1..T, `eta` of 0..1). Each step ends in
-    `on_step()`.
+    sampler: "ddpm" (all T steps; `steps` must equal T), "ddim" (`steps` of 1..T, `eta` of 0..1) or "dpm++" (`steps` of
+    1..T). Each step ends in `on_step()`.
     """
-    stochastic = sampler == "ddpm" or eta > 0
-    timesteps = schedule.ddim_timesteps(steps)
+    stochastic, before = sampler != "ddim" or eta > 0, None
+    timesteps = schedule.spaced_timesteps(steps)
     x = noise.draw(device).to(memory_format=torch.channels_last)
     for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
         eps = network(x, torch.full((len(x),), t, device=x.device)).float()
         fresh = noise.draw(device) if stochastic and t_next >= 0 else torch.zeros_like(x)
         if sampler == "ddim":
             x = schedule.ddim_step(x, eps, t, t_next, eta, fresh)
+        elif sampler == "dpm++":
+            x0 = schedule.predict_x0(x, eps, t)
+            x, before = schedule.dpm_step(x, x0, before, t, t_next, fresh), (t, x0)
         else:
             x = schedule.ddpm_step(x, eps, t, fresh)
         on_step()

@@ -65,16 +65,17 @@ def settle(options: argparse.Namespace) -> Run:
     if name is None:
         name, why = ("paper", "CUDA is available") if torch.cuda.is_available() else ("quick", "no CUDA device here")
     preset = PRESETS[name]
-    implied = "ddim" if options.steps or options.eta is not None else preset.sampler
+    few = "dpm++" if options.steps and preset.sampler == "ddpm" else preset.sampler
+    implied = few if options.eta is None else "ddim"
     sampler = options.sampler or implied
     timesteps = preset.network.timesteps
-    default_steps = timesteps if sampler == "ddpm" else preset.ddim_steps
+    default_steps = timesteps if sampler == "ddpm" else preset.steps
     steps = options.steps or default_steps
     if sampler == "ddpm" and steps != timesteps:
-        raise UserError(f"--steps {steps}: --sampler ddpm takes all {timesteps} steps; use --sampler ddim for fewer")
+        raise UserError(f"--steps {steps}: --sampler ddpm takes all {timesteps} steps; use --sampler dpm++ for fewer")
     if steps > timesteps:
         raise UserError(f"--steps {steps}: there are {timesteps} timesteps; give at most as many")
-    if sampler == "ddpm" and options.eta is not None:
+    if sampler != "ddim" and options.eta is not None:
         raise UserError(f"--eta {options.eta:g}: goes with --sampler ddim only")
     if options.inception_weights is not None and options.metric != "inception":
         raise UserError(f"--inception-weights {options.inception_weights}: goes with --metric inception only")
@@ -84,7 +85,7 @@ def settle(options: argparse.Namespace) -> Run:
         images=options.images or preset.images,
         sampler=sampler,
         steps=steps,
-        eta=1.0 if sampler == "ddpm" else preset.eta if options.eta is None else options.eta,
+        eta=1.0 if sampler != "ddim" else preset.eta if options.eta is None else options.eta,
         batch_size=options.batch_size or (250 if device.type == "cuda" else 50),
         seed=options.seed,
         device=device.type,

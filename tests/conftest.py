@@ -39,7 +39,7 @@ def tiny_preset(monkeypatch, tmp_path):
         network=TINY,
         training=training,
         images=260,
-        ddim_steps=2,
+        steps=2,
         eta=1.0,
         fisher_digits=4,
         fisher_grid_digits=2,

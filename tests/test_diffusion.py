@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers import scheduling_ddpm
 
 from common.diffusion import NoiseStreams, Schedule, denoising_loss, sample
@@ -86,7 +86,7 @@ def test_every_ddim_step_equals_diffusers(ddim, steps, eta):
     generator = torch.Generator().manual_seed(0)
     ours = theirs = torch.randn(2, 1, 32, 32, generator=generator, dtype=torch.float64)
     ddim.set_timesteps(steps)
-    timesteps = schedule.ddim_timesteps(steps)
+    timesteps = schedule.spaced_timesteps(steps)
     assert timesteps == ddim.timesteps.tolist()
     for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
         eps = network(ours, torch.full((2,), t))
@@ -95,6 +95,44 @@ def test_every_ddim_step_equals_diffusers(ddim, steps, eta):
         theirs = result.prev_sample
         ours = schedule.ddim_step(ours, eps, t, t_next, eta, noise)
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-10), t
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50])
+def test_every_dpm_step_equals_diffusers(steps):
+    """Given the same predicted digits, which diffusers does not clip to a fixed range."""
+    schedule, network = Schedule(), FakeDenoiser(torch.float64)
+    theirs_of = DPMSolverMultistepScheduler(
+        **LINEAR,
+        algorithm_type="sde-dpmsolver++",
+        solver_order=2,
+        prediction_type="sample",
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+        lower_order_final=False,
+    )
+    theirs_of.alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod)
+    theirs_of.set_timesteps(steps)
+    abar = torch.tensor([schedule.alphas_cumprod[t] for t in theirs_of.timesteps.tolist()] + [1.0], dtype=torch.float64)
+    theirs_of.sigmas = ((1 - abar) / abar).sqrt()  # in float64; diffusers rounds them to float32
+    timesteps = schedule.spaced_timesteps(steps)
+    assert timesteps == theirs_of.timesteps.tolist()
+    generator = torch.Generator().manual_seed(0)
+    ours = theirs = torch.randn(2, 1, 32, 32, generator=generator, dtype=torch.float64)
+    before = None
+    for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
+        x0 = schedule.predict_x0(ours, network(ours, torch.full((2,), t)), t)
+        noise = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
+        theirs = theirs_of.step(x0, t, theirs, variance_noise=noise).prev_sample
+        ours, before = schedule.dpm_step(ours, x0, before, t, t_next, noise), (t, x0)
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-6), t
+
+
+def test_first_dpm_step_is_that_of_ddim():
+    schedule = Schedule()
+    x, eps, noise = torch.randn(3, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for t, t_next in ((999, 949), (500, 3)):
+        first = schedule.dpm_step(x, schedule.predict_x0(x, eps, t), None, t, t_next, noise)
+        assert torch.allclose(first, schedule.ddim_step(x, eps, t, t_next, 1.0, noise), rtol=0, atol=1e-9)
 
 
 def test_sample_is_the_chain_of_diffusers_ddpm(ddpm, monkeypatch):
@@ -154,7 +192,7 @@ def test_a_denoiser_that_knows_the_digit_samples_it():
         abar = float(schedule.alphas_cumprod[int(t[0])])
         return (x - abar**0.5 * digit) / (1 - abar) ** 0.5
 
-    for sampler, steps, eta in (("ddpm", 1000, 1.0), ("ddim", 7, 0.0), ("ddim", 7, 1.0)):
+    for sampler, steps, eta in (("ddpm", 1000, 1.0), ("ddim", 7, 0.0), ("ddim", 7, 1.0), ("dpm++", 7, 1.0)):
         images = sample(network, schedule, NoiseStreams(0, range(2)), sampler, steps, eta)
         assert torch.allclose(images, digit.expand_as(images), rtol=0, atol=1e-4), sampler
 
@@ -173,13 +211,13 @@ def test_timesteps_at_even_places_follow_their_density():
 
 def test_ddim_takes_any_number_of_steps(ddim):
     schedule = Schedule()
-    assert schedule.ddim_timesteps(1) == [999]
+    assert schedule.spaced_timesteps(1) == [999]
     for steps in (3, 7, 30, 333):  # numbers that do not divide T
         ddim.set_timesteps(steps)
-        assert schedule.ddim_timesteps(steps) == ddim.timesteps.tolist()
-    assert schedule.ddim_timesteps(1000) == list(range(999, -1, -1))
+        assert schedule.spaced_timesteps(steps) == ddim.timesteps.tolist()
+    assert schedule.spaced_timesteps(1000) == list(range(999, -1, -1))
     for steps in range(1, 1001):
-        timesteps = schedule.ddim_timesteps(steps)
+        timesteps = schedule.spaced_timesteps(steps)
         assert len(timesteps) == steps
         assert timesteps[0] == 999
         assert timesteps[-1] >= 0

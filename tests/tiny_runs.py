@@ -29,7 +29,7 @@ def run_script(folder: str, network, arguments: tuple[str, ...], die_at_write: i
         training=replace(PRESETS["quick"].training, batch_size=4, steps=STEPS, warmup_steps=4),
         images=260,
         sampler="ddim",
-        ddim_steps=2,
+        steps=2,
         eta=1.0,
         fisher_digits=4,
         fisher_grid_digits=1,
