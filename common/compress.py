@@ -41,7 +41,7 @@ def coded_model(baseline: Model, stored: dict[str, torch.Tensor], about: dict) -
 
 def finetuned(run: Run, baseline: Model, model: Model, limit: int, updates: int) -> Model:
     """An entropy-coded model with the steps of `model`, its codes trained to predict what the baseline does; the file
-    keeps to `limit` bytes."""
+    keeps to `limit` bytes. Raises BudgetError."""
     schedule = Schedule(baseline.config.timesteps)
     steps = dict(zip(model.state, model.stored["entropy:steps"].tolist(), strict=True))
     draw = sampler_of_digits(training_digits(run), schedule, run.training.seed)
@@ -49,10 +49,7 @@ def finetuned(run: Run, baseline: Model, model: Model, limit: int, updates: int)
     weights = finetune(network, model.state, steps, draw, schedule, updates)
     setting = f"{model.about['setting']}, {updates} updates"
     about = model.about | {"label": model.about["label"].replace(model.about["setting"], setting), "setting": setting}
-    try:
-        stored = budget.fill(weights, steps, lambda stored: file_bytes(coded_model(baseline, stored, about)), limit)
-    except BudgetError as error:
-        raise UserError(f"{setting}: needs {error.smallest:,} bytes; ask for a larger file") from None
+    stored = budget.fill(weights, steps, lambda stored: file_bytes(coded_model(baseline, stored, about)), limit)
     return coded_model(baseline, stored, about)
 
 
@@ -142,7 +139,12 @@ def build(
         for asked, limit in tqdm(limits.items(), desc="fitting", unit="file"):
             models.append(make(asked, limit, values))
             if updates:
-                models.append(finetuned(run, baseline, models[-1], limit, updates))
+                try:
+                    models.append(finetuned(run, baseline, models[-1], limit, updates))
+                except BudgetError as error:  # the other rows are not lost
+                    tqdm.write(
+                        f"{asked}: the finetuned codes need {error.smallest:,} bytes, so there is no row of them"
+                    )
             if draws:
                 others = other_values(baseline.state, values, run.sampling.seed, draws)
                 models += [make(f"{asked}, {kind}", limit, other) for kind, other in others.items()]

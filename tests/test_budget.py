@@ -208,6 +208,15 @@ def test_a_finetuned_row_keeps_to_the_size_of_its_own(script):
     assert load_model(trained["file"]).sha256 == trained["weights"] != plain["weights"]
 
 
+def test_finetuned_codes_that_do_not_fit_cost_no_other_row(script, monkeypatch, capfd):
+    def too_large(*_):
+        raise BudgetError(12_345)
+
+    monkeypatch.setattr(compress, "finetuned", too_large)
+    (row,) = script("--times", "9", "--finetune", "3")
+    assert row["label"] == "Budget 9x (entropy)" and "12,345 bytes" in capfd.readouterr().out
+
+
 def test_controls_are_of_the_same_size(script):
     rows = script("--times", "6", "--controls", "1")
     kinds = ("", ", unweighted", ", magnitude", ", random 1")
