@@ -250,6 +250,7 @@ def test_precision_and_fisher_of_all_timesteps_are_said(call, trained, monkeypat
     # bfloat16 is not run but asked for: processors without it are many times slower.
     asked = []
     monkeypatch.setattr("common.sampling.autocast", lambda _, precision: asked.append(precision) or nullcontext())
+    monkeypatch.setattr("common.sampling.cast_weights", lambda _, precision: asked.append(precision))
     said = ("--precision", "bf16", "--fisher-timestep", "all")
     printed = call("whole_threshold", "--threshold", "0.1", "--steps", "1", *said)
     assert asked and set(asked) == {"bf16"}
