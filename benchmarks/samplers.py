@@ -30,8 +30,8 @@ def main():
         return
     baseline, bench = load_baseline(run), make_bench(run)
     samplings = [
-        replace(run.sampling, sampler=sampler, steps=steps, eta=1.0)
-        for sampler, numbers in (("ddim", options.ddim), ("dpm++", options.dpm))
+        replace(run.sampling, sampler=sampler, steps=steps, eta=eta)
+        for sampler, numbers, eta in (("ddim", options.ddim, run.sampling.eta), ("dpm++", options.dpm, 1.0))
         for steps in sorted(numbers)
     ]
     samplings.append(replace(run.sampling, sampler="ddpm", steps=run.preset.network.timesteps, eta=1.0))
@@ -51,7 +51,7 @@ def format_samplers(rows: list[dict], differences: list[tuple[float, float]]) ->
     lines = [f"\n{'sampler':24}{'FID':>18}{'FID - DDPM':>18}{'Score':>18}"]
     near = []
     for row, (difference, error) in zip(rows, differences, strict=True):
-        method = f"{row['sampler']} {row['steps']}"
+        method = f"{row['sampler']} {row['steps']}, eta {row['eta']:g}"
         fid = f"{row['fid']:.3f} ± {row['fid_error']:.3f}"
         score = f"{row['inception_score']:.3f} ± {row['inception_score_error']:.3f}"
         lines.append(f"{method:24}{fid:>18}{f'{difference:+.3f} ± {error:.3f}':>18}{score:>18}")

@@ -57,7 +57,7 @@ def test_samplers_names_the_fewest_steps_that_are_near():
     ]
     printed = samplers.format_samplers(rows, [(0.2, 0.02), (0.01, 0.02), (0.0, 0.02), (0.0, 0.0)]).splitlines()
     assert printed[-1].endswith("DDPM's: 50, ddim")
-    assert " ".join(printed[2].split()) == "ddim 10 0.400 ± 0.010 +0.200 ± 0.020 9.000 ± 0.100"
+    assert " ".join(printed[2].split()) == "ddim 10, eta 1 0.400 ± 0.010 +0.200 ± 0.020 9.000 ± 0.100"
 
 
 def test_memory_prints_a_line_for_each_work(tiny_preset, monkeypatch, capsys):
