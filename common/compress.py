@@ -1,5 +1,6 @@
 """Models that fit a size: the baseline coded in files of given limits, or in the smallest that loses nothing."""
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,9 @@ from common.experiment import Bench, measure
 from common.feedback import Feedback
 from common.finetune import finetune, sampler_of_digits
 from common.model import MIB, Model, file_bytes, tensor_shapes
-from common.run import Run
+from common.run import Run, training_precision
+
+GROWTH = 0.01  # of the file, for codes to become longer in finetuning
 
 Limited = Callable[[Model, dict[str, float], dict, int, dict[str, Feedback]], Model]
 
@@ -41,12 +44,16 @@ def coded_model(baseline: Model, stored: dict[str, torch.Tensor], about: dict) -
 
 def finetuned(run: Run, baseline: Model, model: Model, limit: int, updates: int) -> Model:
     """An entropy-coded model with the steps of `model`, its codes trained to predict what the baseline does; the file
-    keeps to `limit` bytes. Raises BudgetError."""
+    keeps to `limit` bytes. Training makes codes a little longer, so `model` should be smaller by `GROWTH`. Raises
+    BudgetError."""
     schedule = Schedule(baseline.config.timesteps)
     steps = dict(zip(model.state, model.stored["entropy:steps"].tolist(), strict=True))
     draw = sampler_of_digits(training_digits(run), schedule, run.training.seed)
-    network = baseline.network().to(run.device)
-    weights = finetune(network, model.state, steps, draw, schedule, updates)
+    network = baseline.network().to(run.device, memory_format=torch.channels_last)
+    precision = training_precision(run.device)
+    key = hashlib.sha256(f"{baseline.sha256} {model.sha256} {run.data} {precision} {updates}".encode()).hexdigest()
+    state_path = run.out / f"finetuning-{key[:12]}.safetensors"
+    weights = finetune(network, model.state, steps, draw, schedule, updates, precision, state_path)
     setting = f"{model.about['setting']}, {updates} updates"
     about = model.about | {"label": model.about["label"].replace(model.about["setting"], setting), "setting": setting}
     stored = budget.fill(weights, steps, lambda stored: file_bytes(coded_model(baseline, stored, about)), limit)
@@ -96,7 +103,8 @@ def build(
     updates: int | None,
     draws: int | None,
 ) -> list[Model]:
-    """One model for each limit, {what was asked for: bytes}; without limits those of `search`.
+    """One model for each limit, {what was asked for: bytes}; without limits those of `search`, finetuned where
+    `updates` are given.
 
     After each one with so many `updates` of finetuning, and those of `other_values` with so many random `draws`.
 
@@ -129,27 +137,29 @@ def build(
     values = dict(zip(table.names, shrunk.tolist(), strict=True))
     feedback = rounding_feedback(run, baseline) if coding == "entropy" else {}
 
-    def make(setting: str, limit: int, values: dict[str, float]) -> Model:
+    def make(setting: str, limit: int, values: dict[str, float] = values) -> Model:
         gains = {name: feedback[name].gain if name in feedback else 1.0 for name in values}
         left = {name: value * gains[name] for name, value in values.items()}  # once neighbours have made good the rest
         return CODINGS[coding](baseline, left, about(setting), limit, feedback)
 
+    def make_all(asked: str, limit: int) -> list[Model]:
+        models = [make(asked, limit)]
+        if updates:
+            try:
+                models.append(finetuned(run, baseline, make(asked, int((1 - GROWTH) * limit)), limit, updates))
+            except BudgetError as error:  # the other rows are not lost
+                tqdm.write(f"{asked}: the finetuned codes need {error.smallest:,} bytes, so there is no row of them")
+        return models
+
     if limits:
         models = []
         for asked, limit in tqdm(limits.items(), desc="fitting", unit="file"):
-            models.append(make(asked, limit, values))
-            if updates:
-                try:
-                    models.append(finetuned(run, baseline, models[-1], limit, updates))
-                except BudgetError as error:  # the other rows are not lost
-                    tqdm.write(
-                        f"{asked}: the finetuned codes need {error.smallest:,} bytes, so there is no row of them"
-                    )
+            models += make_all(asked, limit)
             if draws:
                 others = other_values(baseline.state, values, run.sampling.seed, draws)
                 models += [make(f"{asked}, {kind}", limit, other) for kind, other in others.items()]
         return models
-    return search(run, bench, baseline, lambda times: make(f"{times:g}x", int(size / times), values), size / least)
+    return search(run, bench, baseline, lambda times: make_all(f"{times:g}x", int(size / times))[-1], size / least)
 
 
 def other_values(

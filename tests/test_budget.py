@@ -226,11 +226,16 @@ def test_controls_are_of_the_same_size(script):
 
 
 def test_finetuning_goes_with_entropy_coding(script, capfd):
-    for arguments in (("--times", "9", "--coding", "fixed"), ("--times", "auto")):
-        with pytest.raises(SystemExit) as exit_:
-            script(*arguments, "--finetune", "3")
-        assert exit_.value.code == 2
-        assert "argument --finetune" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        script("--times", "9", "--coding", "fixed", "--finetune", "3")
+    assert exit_.value.code == 2
+    assert "argument --finetune" in capfd.readouterr().err
+
+
+def test_auto_tries_finetuned_models_where_finetuning_is_asked_for(script, monkeypatch):
+    monkeypatch.setattr(compress, "search", lambda run, bench, baseline, make, most: [make(9)])
+    (row,) = script("--times", "auto", "--finetune", "3")
+    assert row["label"] == "Budget 9x, 3 updates (entropy)"
 
 
 def test_size_or_times_is_asked_for(script, capfd):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from common import checkpoint
+from common import finetune as finetuning
 from common.diffusion import Schedule
 from common.finetune import BATCH, finetune, sampler_of_digits
 
@@ -19,19 +21,49 @@ class Scale(nn.Module):
         return self.a * x
 
 
-def test_a_code_moves_to_where_the_prediction_is_again_that_of_the_network(monkeypatch):
+def run(network, start, step, updates, path):
+    draw = sampler_of_digits(torch.randn(20, 1, 32, 32, generator=torch.Generator().manual_seed(0)), Schedule(), 0)
+    return finetune(network, {"a": torch.tensor([start])}, {"a": step}, draw, Schedule(), updates, "fp32", path)
+
+
+def test_a_code_moves_to_where_the_prediction_is_again_that_of_the_network(monkeypatch, tmp_path):
     monkeypatch.setattr("common.finetune.PEAK_RATE", 0.1)
     network = Scale(0.24)
-    draw = sampler_of_digits(torch.randn(20, 1, 32, 32), Schedule(), 0)
-    latent = finetune(network, {"a": torch.tensor([0.7])}, {"a": 0.1}, draw, Schedule(), 150)
+    latent = run(network, 0.7, 0.1, 150, tmp_path / "state")
     assert round(latent["a"].item() / 0.1) in (2, 3)
     assert network.a.item() == pytest.approx(0.24)  # what it learns from is left alone
 
 
-def test_weights_that_lose_nothing_stay():
-    draw = sampler_of_digits(torch.randn(20, 1, 32, 32), Schedule(), 0)
-    start = {"a": torch.tensor([0.5])}
-    assert finetune(Scale(0.5), start, {"a": 0.25}, draw, Schedule(), 5) == start
+def test_weights_that_lose_nothing_stay(tmp_path):
+    assert run(Scale(0.5), 0.5, 0.25, 5, tmp_path / "state") == {"a": torch.tensor([0.5])}
+
+
+def test_weights_start_in_the_cells_of_their_codes_on_the_side_of_the_networks_own(monkeypatch, tmp_path):
+    monkeypatch.setattr("common.finetune.PEAK_RATE", 0.0)
+    latent = [run(Scale(own), 0.7, 0.1, 1, tmp_path / f"{own}")["a"].item() for own in (0.9, 0.73, 0.5)]
+    assert latent == pytest.approx([0.745, 0.73, 0.655])
+
+
+def test_a_finetuning_that_was_stopped_ends_in_the_same_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr("common.finetune.SAVE_SECONDS", -1)
+    whole = run(Scale(0.24), 0.7, 0.1, 20, tmp_path / "whole")
+
+    def stop_at_10(i, updates, rate_factor=finetuning.rate_factor):
+        if i == 10:
+            raise KeyboardInterrupt
+        return rate_factor(i, updates)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("common.finetune.rate_factor", stop_at_10)
+        run(Scale(0.24), 0.7, 0.1, 20, tmp_path / "state")
+    assert checkpoint.load(tmp_path / "state", "finetuning")[1]["updates"] == 10
+    assert run(Scale(0.24), 0.7, 0.1, 20, tmp_path / "state") == whole
+    assert run(Scale(0.24), 0.7, 0.1, 20, tmp_path / "state") == whole  # from the finished state
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_zero():
+    factors = [finetuning.rate_factor(i, 100) for i in range(100)]
+    assert factors[0] < 0.11 and max(factors) == factors[9] > 0.95 and factors[-1] < 1e-3
 
 
 def test_draws_follow_from_the_seed_and_timesteps_from_their_weight_in_the_image():
