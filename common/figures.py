@@ -20,14 +20,15 @@ MARKERS = ("o", "s", "^")  # of the first ten colours, the next, ...
 GROUPS = {"layers 1-2": "12", "layers 3-6": "3456"}
 
 
-def draw_all(folder: Path, groups: list[list[dict]]) -> list[Path]:
-    """Draws what the rows and files of `folder` allow; returns the paths of the figures."""
+def draw_all(folder: Path, groups: list[list[dict]], only: str = "") -> list[Path]:
+    """Draws what the rows and files of `folder` allow, of the figures whose names begin with `only`; returns their
+    paths."""
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
     drawn = []
 
     def keep(name: str, draw: Callable, *arguments) -> None:
-        figure = draw(*arguments)
+        figure = draw(*arguments) if name.startswith(only) else None
         if figure is not None:
             drawn.append(figures / f"{name}.png")
             figure.savefig(drawn[-1], dpi=110, bbox_inches="tight")

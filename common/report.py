@@ -2,6 +2,7 @@
 
 python -m common.report --preset quick                # prints every row, draws the figures into results/quick/figures/
 python -m common.report --preset quick --markdown     # prints the tables as Markdown
+python -m common.report --preset quick --frontier     # draws FID and PSNR against the size of the file, nothing else
 """
 
 import json
@@ -163,18 +164,20 @@ def main():
     parser = Parser(prog="python -m common.report", description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="quick", help="which of results/<preset> to read")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the scripts' --out; default: results/<preset>")
-    parser.add_argument("--markdown", action="store_true", help="tables alone, as Markdown")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--markdown", action="store_true", help="tables alone, as Markdown")
+    only.add_argument("--frontier", action="store_true", help="FID and PSNR against the size of the file alone")
     options = parser.parse_args()
     folder = options.out or Path("results") / options.preset
     groups = group_rows(read_rows(folder / "results.jsonl"))
-    for group in groups:
+    for group in [] if options.frontier else groups:
         print(format_markdown(group) if options.markdown else format_table(group))
     if options.markdown:
         return
 
     from common.figures import draw_all
 
-    for path in draw_all(folder, groups):
+    for path in draw_all(folder, groups, only="fid-size" if options.frontier else ""):
         print(path)
 
 

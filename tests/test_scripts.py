@@ -308,9 +308,17 @@ def test_report_as_markdown_has_the_same_cells(call, trained, real, monkeypatch,
     assert "features" in printed and "standard error" in printed
 
 
+def test_the_frontier_is_one_figure(call, trained, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report.py", "--preset", "quick", "--frontier"])
+    report.main()
+    path = Path("results/quick/figures/fid-size.png")
+    assert capsys.readouterr().out.split() == [str(path)] and path.stat().st_size > 10_000
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_report_keeps_settings_apart(call, trained, monkeypatch, capsys):
     call("simplediffusion", "--seed", "1")
-    monkeypatch.setattr("common.figures.draw_all", lambda folder, groups: [])  # takes seconds
+    monkeypatch.setattr("common.figures.draw_all", lambda *_, **__: [])  # takes seconds
     monkeypatch.setattr(sys, "argv", ["report.py", "--preset", "quick"])
     report.main()
     printed = capsys.readouterr().out
