@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from common import fisher
 from common.layers import by_layer, layer_weights
@@ -129,10 +130,12 @@ def _band_of_real_digits(axis, rows: list[dict]) -> None:
 
 
 def _plain_ticks(axis) -> None:
+    """Numbers without powers of ten, where a logarithmic axis has room for them."""
     for side in (axis.xaxis, axis.yaxis):
+        if side.get_scale() == "log":
+            side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            side.set_minor_formatter(NullFormatter())
         side.set_major_formatter("{x:g}")
-        side.set_minor_formatter("{x:g}")
-        side.set_tick_params(which="minor", labelsize=7)
 
 
 def draw_fisher_by_tensor(table: fisher.FisherTable):
