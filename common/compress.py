@@ -20,6 +20,7 @@ from common.finetune import finetune, sampler_of_digits
 from common.model import MIB, Model, file_bytes, tensor_shapes
 from common.run import Run, training_precision
 
+START, STRIDE, RESOLUTION = 16.0, 1.25, 1.06  # of the search for a factor
 GROWTH = 0.01  # of the file, for codes to become longer in finetuning
 
 Limited = Callable[[Model, dict[str, float], dict, int, dict[str, Feedback]], Model]
@@ -178,18 +179,30 @@ def other_values(
 
 
 def search(run: Run, bench: Bench, baseline: Model, make: Callable[[float], Model], most: float) -> list[Model]:
-    """Halves the interval of sizes in which the difference of FID to FP32 comes to exceed its standard error.
+    """Walks from `START` in strides to where the difference of FID to FP32 comes to exceed its standard error, then
+    halves the last stride.
 
     Returns the models that were tried, by size; prints the smallest that keeps within. make(times) is the model that
     many times smaller than FP32; `most`: the most there can be.
     """
     reference = measure(run, bench, baseline).scores.fid
-    low, high, tried = 2.0, min(most, 128.0), {}
-    while high / low > 1.05:
-        times = float(f"{(low * high) ** 0.5:.3g}")
+    tried: dict[float, Model] = {}
+
+    def within(times: float) -> bool:
         tried[times] = make(times)
         difference, error = measure(run, bench, tried[times]).scores.fid.minus(reference)
-        low, high = (times, high) if difference <= error else (low, times)
+        return difference <= error
+
+    low = high = float(f"{min(START, most):.3g}")
+    if within(low):
+        while (high := float(f"{low * STRIDE:.3g}")) <= most and within(high):
+            low = high
+    else:
+        while (low := float(f"{high / STRIDE:.3g}")) >= 1 and not within(low):
+            high = low
+    while low in tried and high in tried and high / low > RESOLUTION:
+        times = float(f"{(low * high) ** 0.5:.3g}")
+        low, high = (times, high) if within(times) else (low, times)
     further = f"the next tried, {high:g}, is not" if high in tried else "nothing larger was tried"
     if low in tried:
         print(f"largest factor whose FID is within one standard error of FP32's: {low:g}; {further}")

@@ -245,7 +245,8 @@ def test_size_or_times_is_asked_for(script, capfd):
     assert "--size --times" in capfd.readouterr().err
 
 
-def test_auto_finds_where_the_difference_passes_its_error(monkeypatch, capsys):
+@pytest.mark.parametrize("jump", [13.7, 16.3, 31.0, 1.2])
+def test_auto_finds_where_the_difference_passes_its_error(monkeypatch, capsys, jump):
     """With models whose FID jumps at a factor that is known."""
     from types import SimpleNamespace
 
@@ -254,15 +255,34 @@ def test_auto_finds_where_the_difference_passes_its_error(monkeypatch, capsys):
     spread = np.array([-1.0, 1.0, -1.0, 1.0])  # a standard error of 0.58
 
     def measure(run, bench, times):
-        fid = Estimate(1.0 + (0.5 if times < 13.7 else 0.7) * (times > 0), spread * (times > 0))
+        fid = Estimate(1.0 + (0.5 if times < jump else 0.7) * (times > 0), spread * (times > 0))
         return SimpleNamespace(scores=SimpleNamespace(fid=fid))
 
     monkeypatch.setattr(compress, "measure", measure)
     tried = compress.search(None, None, 0, lambda times: times, 300.0)
     assert tried == sorted(tried)
-    within, beyond = max(t for t in tried if t < 13.7), min(t for t in tried if t >= 13.7)
-    assert beyond / within <= 1.05
+    within, beyond = max(t for t in tried if t < jump), min(t for t in tried if t >= jump)
+    assert 1 < beyond / within <= 1.06
     assert f"standard error of FP32's: {within:g}; the next tried, {beyond:g}, is not" in capsys.readouterr().out
+
+
+def test_auto_stops_where_there_is_nothing_smaller_or_nothing_within(monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    from common.metrics import Estimate
+
+    difference = 0.0
+
+    def measure(run, bench, times):
+        fid = Estimate(difference * (times > 0), np.array([-1.0, 1.0]) * (times > 0))
+        return SimpleNamespace(scores=SimpleNamespace(fid=fid))
+
+    monkeypatch.setattr(compress, "measure", measure)
+    assert compress.search(None, None, 0, lambda times: times, 21.0) == [16.0, 20.0]
+    assert ": 20; nothing larger was tried" in capsys.readouterr().out
+    difference = 9.0
+    assert min(compress.search(None, None, 0, lambda times: times, 1.5)) >= 1
+    assert "no factor that was tried, 1.2, 1.5, keeps within" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("times", [("auto", "10"), ("0.5",), ("nan",), ("some",)])
