@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import memory, published, samplers, speed
+from benchmarks import memory, profile, published, samplers, speed
 from common.config import PRESETS
 from common.unet import UNet
 
@@ -38,6 +38,16 @@ def test_speed_names_each_way_and_compares_it_with_the_published_one(tiny_preset
     table = speed.format_timings([speed.Timing("a", "published", 3.0, 0.5), speed.Timing("a", "fp32", 0.5, None)])
     assert table.splitlines()[1].split() == ["a", "published", "3000.000", "1.00x", "50.0%"]
     assert table.splitlines()[2].split() == ["a", "fp32", "500.000", "6.00x", "-"]
+
+
+def test_profile_finds_the_operator_that_takes_the_time(tiny_preset, monkeypatch, capsys):
+    a = torch.randn(1000, 1000)
+    shares = profile.operator_shares(lambda: (a @ a, a[:2] + 1), torch.device("cpu"))
+    assert next(iter(shares)) == "mm" and sum(shares.values()) == pytest.approx(1)
+    monkeypatch.setattr(profile, "bf16_is_faster", lambda device: False)
+    printed = run(profile, monkeypatch, capsys, "--preset", "quick")
+    assert [line.split(":")[0] for line in printed.splitlines()] == ["sampling, fp32", "training, fp32", "Fisher, fp32"]
+    assert all("others" in line for line in printed.splitlines())
 
 
 def test_published_way_drops_attention_weights_at_all_times(tiny_network):
