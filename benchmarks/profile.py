@@ -6,6 +6,7 @@ Each work runs twice, as benchmarks.speed times it, and once more under PyTorch'
 in the operators themselves; those of less than 2% are summed up.
 """
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -35,6 +36,7 @@ def main():
     parser.add_argument("--preset", choices=PRESETS, default="quick")
     parser.add_argument("--device", default=None, help="cpu or cuda; default: cuda where available, else cpu")
     options = parser.parse_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages, such as that there is no GPU
     set_up_torch()
     device, preset = choose_device(options.device), PRESETS[options.preset]
     network = UNet(preset.network).to(device, memory_format=torch.channels_last).eval()
