@@ -3,10 +3,11 @@
 python simplediffusion.py                        # preset paper where CUDA is available, else quick
 python simplediffusion.py --preset quick --retrain
 python simplediffusion.py --preset paper --dry-run
+python simplediffusion.py --preset paper --training-steps 2000
 python simplediffusion.py --checkpoint results/quick/models/uniform-fp16.safetensors
 """
 
-from common.config import run_main, script_parser
+from common.config import positive_int, run_main, script_parser
 
 
 def main():
@@ -16,11 +17,14 @@ def main():
         action="store_true",
         help="train anew and replace --checkpoint, or continue a training that was stopped",
     )
+    parser.add_argument(
+        "--training-steps", type=positive_int, metavar="N", help="of the training, if any; default: the preset's"
+    )
     options = parser.parse_args()
 
     from common.experiment import run_baseline
 
-    run_baseline(options, retrain=options.retrain)
+    run_baseline(options, options.retrain, options.training_steps)
 
 
 if __name__ == "__main__":

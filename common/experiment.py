@@ -12,7 +12,7 @@ from torch import nn
 
 from common import distributed, report
 from common.baseline import find_baseline, load_baseline, load_checkpoint, train_baseline
-from common.config import FORMATS
+from common.config import FORMATS, UserError
 from common.controls import nearest_format, random_order, smallest_first, within
 from common.data import load_digits
 from common.device import derive_seed
@@ -238,16 +238,20 @@ def packed_file(run: Run, model: Model) -> Path:
     return run.out / "models" / f"{slug}.safetensors"
 
 
-def run_baseline(options: argparse.Namespace, retrain: bool) -> None:
+def run_baseline(options: argparse.Namespace, retrain: bool, training_steps: int | None) -> None:
     """What simplediffusion.py does: train where needed, then the rows of the baseline and of the uniform model; or,
     where --checkpoint is a packed model, that model's row under its baseline's."""
     run = settle(options)
+    if training_steps is not None:
+        run = replace(run, training=replace(run.training, steps=training_steps))
     if run.dry_run:
         print_sizes(run)
         return
     missing = distributed.agree(not run.checkpoint.exists())
     if missing and options.checkpoint is not None and not retrain:
         load_checkpoint(run)  # raises: a file that was named is not made by guessing
+    if training_steps is not None and not (missing or retrain):
+        raise UserError(f"--training-steps {training_steps}: {run.checkpoint} is trained; give --retrain as well")
     if missing or retrain:
         bench = make_bench(run)
         require_writable("--checkpoint", run.checkpoint.parent, needed_mib=5 * size_mib(run.preset.network, {}))

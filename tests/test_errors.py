@@ -470,6 +470,11 @@ def test_checkpoint_that_cannot_be_written(refused, tmp_path, below):
     assert "--checkpoint" in message and str(path.parent) in message and "--out" not in message
 
 
+def test_training_steps_for_a_network_that_is_trained(refused, baseline):
+    message = refused("simplediffusion", *QUICK, "--training-steps", "3")
+    assert "--training-steps 3" in message and "quick.safetensors" in message and "--retrain" in message
+
+
 def test_loss_that_is_not_finite(refused, tiny_preset, tmp_path, monkeypatch):
     preset = replace(tiny_preset, training=replace(tiny_preset.training, lr=1e30))
     monkeypatch.setitem(PRESETS, "quick", preset)

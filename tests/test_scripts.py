@@ -121,6 +121,12 @@ def test_retraining_ends_in_the_same_weights(call, trained):
     assert load_model(checkpoint).sha256 == before
 
 
+def test_training_steps_make_another_training(call, trained):
+    call("simplediffusion", "--checkpoint", "short.safetensors", "--retrain", "--training-steps", "3")
+    about = load_model(Path("short.safetensors")).about
+    assert about["training"]["steps"] == 3 and about["digits_seen"] == 3 * 8
+
+
 @pytest.mark.parametrize("script", STRATEGIES)
 def test_strategy_prints_writes_and_packs_its_rows(call, trained, real, script):
     arguments, settings = STRATEGIES[script]
