@@ -3,6 +3,7 @@
 python -m common.report --preset quick                # prints every row, draws the figures into results/quick/figures/
 python -m common.report --preset quick --markdown     # prints the tables as Markdown
 python -m common.report --preset quick --frontier     # draws FID and PSNR against the size of the file, nothing else
+python -m common.report --preset quick --sensitivity  # prints the tables of python -m common.sensitivity
 """
 
 import json
@@ -167,8 +168,14 @@ def main():
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--markdown", action="store_true", help="tables alone, as Markdown")
     only.add_argument("--frontier", action="store_true", help="FID and PSNR against the size of the file alone")
+    only.add_argument("--sensitivity", action="store_true", help="what python -m common.sensitivity measured alone")
     options = parser.parse_args()
     folder = options.out or Path("results") / options.preset
+    if options.sensitivity:
+        from common.sensitivity import FILE, format_sensitivity
+
+        print(format_sensitivity(folder / FILE))
+        return
     groups = group_rows(read_rows(folder / "results.jsonl"))
     for group in [] if options.frontier else groups:
         print(format_markdown(group) if options.markdown else format_table(group))

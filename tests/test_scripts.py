@@ -127,6 +127,15 @@ def test_training_steps_make_another_training(call, trained):
     assert about["training"]["steps"] == 3 and about["digits_seen"] == 3 * 8
 
 
+def test_sensitivity_tables_are_rebuilt_by_the_report(call, trained, monkeypatch, capsys):
+    printed = call("common.sensitivity", "--digits", "4", "--formats", "int4", "int2")
+    monkeypatch.setattr(sys, "argv", ["report", "--preset", "quick", "--sensitivity"])
+    report.main()
+    tables = capsys.readouterr().out.rstrip()
+    assert "4 held-out digits of mnist5k" in tables and tables in printed
+    assert all(f"\nlayer{i} " in tables for i in range(1, 7)) and "squared error alone" in tables
+
+
 @pytest.mark.parametrize("script", STRATEGIES)
 def test_strategy_prints_writes_and_packs_its_rows(call, trained, real, script):
     arguments, settings = STRATEGIES[script]

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from common import sensitivity
+from common.config import UserError
 from common.diffusion import Schedule, denoising_loss
+from common.layers import layer_weights
 from common.model import full_precision
 from common.sensitivity import Increases
 
@@ -15,16 +17,28 @@ def test_each_tensor_is_quantized_alone_and_put_back(tiny_network):
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.rand(3, 1, 32, 32, generator=generator), torch.randn(3, 1, 32, 32, generator=generator)
     t = torch.tensor([5, 300, 900])
-    measured = sensitivity.quantize_each_alone(model, "int2", x0, t, noise)
-    assert len(measured.names) == 58 == len(measured.squared_error) and measured.loss.shape == (58, 3)
+    names = layer_weights(model.state)
+    fisher = {"timestep 1": {name: float(i) for i, name in enumerate(names)}}
+    measured = sensitivity.quantize_each_alone(model, "int2", fisher, x0, t, noise)
+    assert len(measured.names) == 58 == len(measured.squared_error) == len(measured.mean)
+    assert measured.fisher == {"timestep 1": list(map(float, range(58)))}
+    of_layer6 = []
     with torch.no_grad():
         before = denoising_loss(tiny_network, Schedule(), x0, t, noise)
         for i in (0, 30, 57):
             alone = model.quantize([measured.names[i]], "int2", {})
-            expected = denoising_loss(alone.network(), Schedule(), x0, t, noise) - before
-            assert torch.allclose(torch.from_numpy(measured.loss[i]).float(), expected, rtol=0, atol=1e-6)
+            expected = (denoising_loss(alone.network(), Schedule(), x0, t, noise) - before).mean()
+            assert measured.mean[i] == pytest.approx(float(expected), abs=1e-6)
             change = alone.state[measured.names[i]] - model.state[measured.names[i]]
             assert measured.squared_error[i] == pytest.approx(float(change.square().sum()), rel=1e-5)
+        for name in names:
+            if name.startswith("layer6."):
+                network = model.quantize([name], "int2", {}).network()
+                of_layer6.append(denoising_loss(network, Schedule(), x0, t, noise) - before)
+    of_digit = torch.stack(of_layer6).sum(0).double()
+    mean, error = measured.layers["layer6"]
+    assert mean == pytest.approx(float(of_digit.mean()), abs=1e-5)
+    assert error == pytest.approx(float(of_digit.std() / 3**0.5), rel=1e-3)
 
 
 def test_rank_correlation_of_known_orders():
@@ -39,10 +53,20 @@ def test_rank_correlation_of_known_orders():
 @pytest.mark.filterwarnings("ignore:An input array is constant")  # draws of three tensors may all be one
 def test_tables_name_predictors_and_sum_layers():
     names = ["layer1.a.weight", "layer1.b.weight", "layer2.c.weight"]
-    loss = np.array([[1e-6, 3e-6], [1e-6, 1e-6], [5e-6, 7e-6]])
-    increases = {"int4": Increases(names, loss, np.array([1.0, 2.0, 3.0]))}
-    table = sensitivity.format_layers(increases)
-    assert "3.0 ± 1.0" in table.splitlines()[1] and "6.0 ± 1.0" in table.splitlines()[2]
-    lines = sensitivity.format_correlations(increases, {"timestep 1": np.array([2.0, 1.0, 3.0])}).splitlines()
+    layers = {"layer1": (3e-6, 1e-6), "layer2": (6e-6, 2e-6)}
+    fisher = {"timestep 1": [2.0, 1.0, 3.0]}
+    measured = [Increases("int4", names, [2e-6, 1e-6, 6e-6], [1.0, 2.0, 3.0], fisher, layers)]
+    table = sensitivity.format_layers(measured)
+    assert "3.0 ± 1.0" in table.splitlines()[1] and "6.0 ± 2.0" in table.splitlines()[2]
+    lines = sensitivity.format_correlations(measured).splitlines()
     assert lines[1].startswith("Fisher, timestep 1 ") and "1.00" in lines[1]
     assert lines[-1].startswith("squared error alone") and "0.50" in lines[-1]
+
+
+@pytest.mark.parametrize("content", [None, "", "{}\n", "no json\n", '{"preset": "quick"}\n{"format": "int4"}\n'])
+def test_a_missing_or_damaged_file_is_one_line(tmp_path, content):
+    path = tmp_path / sensitivity.FILE
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=r"measure again|makes it"):
+        sensitivity.format_sensitivity(path)
