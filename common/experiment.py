@@ -91,14 +91,7 @@ def make_row(run: Run, bench: Bench, model: Model, measured: Measured, baseline:
         "kept": kept_by_layer(model),
         **figures(measured.scores),
     }
-    if baseline is not None and baseline.weights != measured.weights:
-        for key in ("fid", "kid"):
-            difference, error = getattr(measured.scores, key).minus(getattr(baseline.scores, key))
-            row |= {f"{key}_difference": difference, f"{key}_difference_error": error}
-        decibels, error = psnr(measured.images, baseline.images)
-        if np.isfinite(decibels):  # equal images have none, nor has JSON a number for it
-            row |= {"psnr": decibels, "psnr_error": error}
-    return row
+    return row if baseline is None or baseline.weights == measured.weights else row | differences(measured, baseline)
 
 
 def settings_of(run: Run, bench: Bench, baseline: str | None) -> dict:
@@ -117,6 +110,18 @@ def figures(scores: Scores) -> dict:
     """Values and errors as a row holds them."""
     estimates = {"fid": scores.fid, "kid": scores.kid, "inception_score": scores.inception_score}
     return {k: e.value for k, e in estimates.items()} | {f"{k}_error": e.error for k, e in estimates.items()}
+
+
+def differences(measured: Measured, baseline: Measured) -> dict:
+    """What a row holds of the baseline's images of the same noise: paired differences, with their errors, and PSNR."""
+    found = {}
+    for key in ("fid", "kid"):
+        difference, error = getattr(measured.scores, key).minus(getattr(baseline.scores, key))
+        found |= {f"{key}_difference": difference, f"{key}_difference_error": error}
+    decibels, error = psnr(measured.images, baseline.images)
+    if np.isfinite(decibels):  # equal images have none, nor has JSON a number for it
+        found |= {"psnr": decibels, "psnr_error": error}
+    return found
 
 
 def kept_by_layer(model: Model) -> dict[str, list[str]]:

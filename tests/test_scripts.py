@@ -127,6 +127,18 @@ def test_training_steps_make_another_training(call, trained):
     assert about["training"]["steps"] == 3 and about["digits_seen"] == 3 * 8
 
 
+def test_one_step_lies_in_the_last_quarter_of_the_timesteps(call, trained):
+    """A single step of sampling starts at timestep 999: what is quantized there is quantized, elsewhere nothing is."""
+    printed = call("common.timesteps", "--format", "int2", "--sampler", "ddim", "--steps", "1")
+    labels = [f"INT2 at timesteps {first}..{first + 249} alone" for first in (0, 250, 500, 750)]
+    assert list(table_of(printed)) == ["Baseline (FP32)", *labels]
+    for label in labels[:3]:
+        assert row_of(label)["fid_difference"] == 0 and "psnr" not in row_of(label)
+    call("simplediffusion", "--format", "int2", "--sampler", "ddim", "--steps", "1")
+    last, uniform = row_of(labels[3]), row_of("Uniform (INT2)")
+    assert {key: last[key] for key in FIGURES} == {key: uniform[key] for key in FIGURES}
+
+
 def test_sensitivity_tables_are_rebuilt_by_the_report(call, trained, monkeypatch, capsys):
     printed = call("common.sensitivity", "--digits", "4", "--formats", "int4", "int2")
     monkeypatch.setattr(sys, "argv", ["report", "--preset", "quick", "--sensitivity"])
