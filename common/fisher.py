@@ -23,18 +23,15 @@ def fisher_information(
     """
     total = len(samples[0])
     starts = range(0, total, chunk)
-    mine = distributed.share(starts)
-    names = [name for name, _ in network.named_parameters()]
-    # Of each chunk, all allocated at once: small ones that stay among large ones that go leave holes in the heap.
-    sums = torch.zeros(len(mine), len(names), 2, dtype=torch.float64)
-    for row, start in zip(sums, mine, strict=True):
+    sums = []  # (parameters, 2) of each chunk
+    for start in distributed.share(starts):
         batch = tuple(s[start : start + chunk] for s in samples)
         values = torch.stack([v.double() for v in squared_gradients(network, loss, batch).values()])
-        row.copy_(torch.stack([values.sum(1), values.square().sum(1)], dim=1))
+        sums.append(torch.stack([values.sum(1), values.square().sum(1)], dim=1).cpu())
         on_chunk(len(batch[0]))
-    gathered = distributed.gather([row.clone() for row in sums], len(starts))
-    first, second = (torch.stack(gathered).sum(0) / total).unbind(1)
+    first, second = (torch.stack(distributed.gather(sums, len(starts))).sum(0) / total).unbind(1)
     error = ((second - first**2).clamp(min=0) / max(1, total - 1)).sqrt()
+    names = [name for name, _ in network.named_parameters()]
     return dict(zip(names, first.tolist(), strict=True)), dict(zip(names, error.tolist(), strict=True))
 
 
