@@ -24,7 +24,7 @@ from common.device import derive_seed
 from common.diffusion import NoiseStreams, Schedule, denoising_loss
 from common.layers import layer_of, layer_weights
 from common.model import Model, tensor_shapes
-from common.quantization import fake_quantize
+from common.quantization import fake_quantize, stored_format
 
 FILE = "sensitivity.jsonl"  # in --out
 BOOTSTRAP = 2_000
@@ -66,7 +66,7 @@ def quantize_each_alone(model: Model, fmt: str, fisher: dict[str, dict[str, floa
     losses, errors = {}, []
     for name in tqdm(names, desc=fmt, unit="tensor"):
         original = model.state[name]
-        quantized = fake_quantize(original, fmt, shapes[name][1])
+        quantized = fake_quantize(original, stored_format(fmt, original.shape), shapes[name][1])
         with torch.no_grad():
             parameters[name].copy_(quantized)
             losses[name] = digit_losses(network, schedule, x0, t, noise) - before
@@ -130,11 +130,12 @@ def format_sensitivity(path: Path) -> str:
 
 
 def main():
-    parser = script_parser(__doc__)
+    parser = script_parser(__doc__, quantizes=False, samples=False)
     parser.add_argument("--formats", choices=FORMATS[1:], nargs="+", default=["int8", "int4", "int2"])
     parser.add_argument("--digits", type=positive_int, default=200, help="held-out digits whose loss is measured")
     options = parser.parse_args()
 
+    from common import distributed
     from common.baseline import load_baseline
     from common.diffusion_fisher import fisher_table
     from common.run import print_sizes, settle
@@ -166,7 +167,9 @@ def main():
     }
     lines = [header, *(asdict(quantize_each_alone(model, fmt, fisher, x0, t, noise)) for fmt in options.formats)]
     path = run.out / FILE
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    if distributed.rank() == 0:
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    distributed.wait()
     print(format_sensitivity(path))
     print(f"\nkept in {path}")
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from common import sensitivity
 from common.config import UserError
@@ -13,8 +14,11 @@ from common.sensitivity import Increases
 
 
 def test_each_tensor_is_quantized_alone_and_put_back(tiny_network):
-    model = full_precision(tiny_network.config, tiny_network.state_dict(), {})
     generator = torch.Generator().manual_seed(0)
+    for parameter in tiny_network.parameters():
+        if parameter.dim() == 1:  # ones and zeros are exact in every format
+            nn.init.normal_(parameter, generator=generator)
+    model = full_precision(tiny_network.config, tiny_network.state_dict(), {})
     x0, noise = torch.rand(3, 1, 32, 32, generator=generator), torch.randn(3, 1, 32, 32, generator=generator)
     t = torch.tensor([5, 300, 900])
     names = layer_weights(model.state)
@@ -25,7 +29,8 @@ def test_each_tensor_is_quantized_alone_and_put_back(tiny_network):
     of_layer6 = []
     with torch.no_grad():
         before = denoising_loss(tiny_network, Schedule(), x0, t, noise)
-        for i in (0, 30, 57):
+        assert model.state[measured.names[0]].dim() == 1 < model.state[measured.names[1]].dim()
+        for i in (0, 1, 30, 57):
             alone = model.quantize([measured.names[i]], "int2", {})
             expected = (denoising_loss(alone.network(), Schedule(), x0, t, noise) - before).mean()
             assert measured.mean[i] == pytest.approx(float(expected), abs=1e-6)
