@@ -32,15 +32,16 @@ def finetune(
     precision: str,
     state_path: Path,
 ) -> dict[str, torch.Tensor]:
-    """Weights near `weights` that, rounded to multiples of their `steps`, let `network` predict what it does with its
-    own; not rounded.
+    """Weights near `weights` {name: tensor} that, rounded to multiples of their `steps`, let `network` predict what it
+    does with its own; not rounded.
 
     Each update takes draw(i), digits (N, 1, 32, 32), timesteps (N,) and noise, and moves the weights against the
     gradient of the squared difference of the two predictions, the rounding taken for the identity (straight-through
     estimator, Bengio et al. 2013). The weights start in the cells of their codes, on the side of the network's own: so
     few cross at a time, where from the centres those with like gradients all would at once.
 
-    Continues from `state_path` where it exists, writes it about once a minute, and leaves the result there.
+    precision: "fp32" or "bf16", of the products. Continues from `state_path` where it exists, writes it about once a
+    minute, and leaves the result there. Raises CheckpointError where it is damaged.
     """
     device = next(network.parameters()).device
     lattice = {name: torch.tensor(step, dtype=torch.float32, device=device) for name, step in steps.items()}
@@ -93,7 +94,7 @@ def _load_state(path: Path, latent: dict[str, nn.Parameter], optimizer: torch.op
         if kind == "latent":
             u.data.copy_(value)
         else:
-            optimizer.state[u][kind] = value.to(u.device) if value.dim() else value
+            optimizer.state[u][kind] = torch.empty_like(u).copy_(value) if value.dim() else value
     return metadata["updates"]
 
 

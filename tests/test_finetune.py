@@ -61,6 +61,47 @@ def test_a_finetuning_that_was_stopped_ends_in_the_same_weights(monkeypatch, tmp
     assert run(Scale(0.24), 0.7, 0.1, 20, tmp_path / "state") == whole  # from the finished state
 
 
+def test_a_weight_in_another_memory_format_resumes_to_the_same_bytes(monkeypatch, tmp_path):
+    monkeypatch.setattr("common.finetune.SAVE_SECONDS", -1)
+    draw = sampler_of_digits(torch.randn(20, 1, 32, 32, generator=torch.Generator().manual_seed(0)), Schedule(), 0)
+
+    class Blocks(nn.Sequential):
+        def forward(self, x, t):
+            return super().forward(x)
+
+    def finetuned(name, stop=None):
+        torch.manual_seed(0)
+        network = Blocks(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
+        network.to(memory_format=torch.channels_last)
+        weights = {name: (w.detach() / 0.1).round() * 0.1 for name, w in network.named_parameters()}
+        formats = []
+
+        def draw_or_stop(i):
+            formats.append(i)
+            if i == stop:
+                raise KeyboardInterrupt
+            return draw(i)
+
+        steps = dict.fromkeys(weights, 0.1)
+        return finetune(network, weights, steps, draw_or_stop, Schedule(), 8, "fp32", tmp_path / name)
+
+    whole = finetuned("whole")
+    with pytest.raises(KeyboardInterrupt):
+        finetuned("stopped", stop=4)
+    moments = []
+    load_state = finetuning._load_state
+
+    def watched(path, latent, optimizer):
+        done = load_state(path, latent, optimizer)
+        moments.extend(optimizer.state[u]["exp_avg"] for u in latent.values() if u.dim() == 4)
+        return done
+
+    monkeypatch.setattr("common.finetune._load_state", watched)
+    resumed = finetuned("stopped")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert len(moments) == 2 and moments[0].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_the_rate_rises_to_its_peak_and_falls_to_zero():
     factors = [finetuning.rate_factor(i, 100) for i in range(100)]
     assert factors[0] < 0.11 and max(factors) == factors[9] > 0.95 and factors[-1] < 1e-3
