@@ -100,8 +100,8 @@ def entropy_coded(
     """`entropy.encode` of FP32 `weights` with steps by their Fisher `values`, in at most `budget` bytes.
 
     size: the bytes of what is stored; feedback: of the weights that are rounded by it. At high resolution the least sum
-    of F step^2 / 12 for its entropy has steps proportional to 1 / sqrt(F), so one factor remains to be found. Raises
-    BudgetError.
+    of F step^2 / 12 for its entropy has steps proportional to 1 / sqrt(F), so one factor remains to be found. Tensors
+    of value zero, which the loss does not reach, become zero. Raises BudgetError.
     """
     largest = {name: max(1e-30, float(weight.abs().max())) for name, weight in weights.items()}
 
@@ -109,7 +109,8 @@ def entropy_coded(
         steps = {}
         for name, w in largest.items():
             finest, all_zero = 1.01 * w / entropy.LARGEST_CODE, 3 * w
-            steps[name] = min(max(factor / values[name] ** 0.5, finest), all_zero)
+            step = factor / values[name] ** 0.5 if values[name] > 0 else all_zero
+            steps[name] = min(max(step, finest), all_zero)
         return entropy.encode(weights, steps, feedback)
 
     coarsest = max(3 * w * values[name] ** 0.5 for name, w in largest.items())  # from here on every code is zero

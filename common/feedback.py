@@ -87,7 +87,7 @@ def make_feedback(moment: torch.Tensor, transposed: bool = False) -> Feedback:
 
 
 def measure_feedback(network: nn.Module, loss: SampleLoss, samples: tuple[torch.Tensor, ...]) -> dict[str, Feedback]:
-    """{weight: Feedback} of the linear layers and the plain convolutions of `network`.
+    """{weight: Feedback} of the linear layers and the plain convolutions of `network` that the loss calls.
 
     Each patch counts by the squared gradient of the sample's loss at the output that it makes, so that places and
     samples that do not matter do not decide. Every process measures all: a sum of other parts would round otherwise.
@@ -104,8 +104,8 @@ def measure_feedback(network: nn.Module, loss: SampleLoss, samples: tuple[torch.
     for start in tqdm(range(0, len(samples[0]), CHUNK), desc="moments", unit="batch"):
         visit_layers(network, layers, loss, tuple(s[start : start + CHUNK] for s in samples), visit)
     return {
-        f"{name}.weight": make_feedback(moments[name], isinstance(layer, nn.ConvTranspose2d))
-        for name, layer in tqdm(layers.items(), desc="factors", unit="layer")
+        f"{name}.weight": make_feedback(moment, isinstance(layers[name], nn.ConvTranspose2d))
+        for name, moment in tqdm(moments.items(), desc="factors", unit="layer")
     }
 
 

@@ -98,6 +98,7 @@ def test_rows_times_patches_are_the_output(layer):
 def test_moments_weigh_patches_by_the_gradient_of_their_output():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).eval()
+    network[1].add_module("unused", nn.Linear(3, 3))
     x, y = torch.randn(40, 4), torch.randint(2, (40,))
 
     def loss(call, x, y):
