@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from common import budget
+from common import budget, distributed
 from common.budget import BudgetError, fixed_formats
 from common.config import UserError
 from common.controls import random_order
@@ -141,13 +141,15 @@ def build(
     def make(setting: str, limit: int, values: dict[str, float] = values) -> Model:
         gains = {name: feedback[name].gain if name in feedback else 1.0 for name in values}
         left = {name: value * gains[name] for name, value in values.items()}  # once neighbours have made good the rest
-        return CODINGS[coding](baseline, left, about(setting), limit, feedback)
+        model = CODINGS[coding](baseline, left, about(setting), limit, feedback)
+        return distributed.agree(model)  # sums on a GPU may round otherwise in each process
 
     def make_all(asked: str, limit: int) -> list[Model]:
         models = [make(asked, limit)]
         if updates:
             try:
-                models.append(finetuned(run, baseline, make(asked, int((1 - GROWTH) * limit)), limit, updates))
+                smaller = make(asked, int((1 - GROWTH) * limit))
+                models.append(distributed.agree(finetuned(run, baseline, smaller, limit, updates)))
             except BudgetError as error:  # the other rows are not lost
                 tqdm.write(f"{asked}: the finetuned codes need {error.smallest:,} bytes, so there is no row of them")
         return models
@@ -166,8 +168,8 @@ def build(
 def other_values(
     weights: dict[str, torch.Tensor], values: dict[str, float], seed: int, draws: int
 ) -> dict[str, dict[str, float]]:
-    """What might stand in the place of the Fisher `values`: nothing, so that squared errors count alike; mean squared
-    weights; and `draws` in which the values went to other tensors at random."""
+    """What might stand in the place of the Fisher `values`: the same for all, so that squared errors count alike; mean
+    squared weights; and `draws` in which the values went to other tensors at random. Feedback stays as it is."""
     others = {
         "unweighted": dict.fromkeys(values, 1.0),
         "magnitude": {name: max(1e-30, float(weights[name].square().mean())) for name in values},
@@ -183,7 +185,7 @@ def search(run: Run, bench: Bench, baseline: Model, make: Callable[[float], Mode
     halves the last stride.
 
     Returns the models that were tried, by size; prints the smallest that keeps within. make(times) is the model that
-    many times smaller than FP32; `most`: the most there can be.
+    many times smaller than FP32, at most `most`.
     """
     reference = measure(run, bench, baseline).scores.fid
     tried: dict[float, Model] = {}
@@ -193,7 +195,7 @@ def search(run: Run, bench: Bench, baseline: Model, make: Callable[[float], Mode
         difference, error = measure(run, bench, tried[times]).scores.fid.minus(reference)
         return difference <= error
 
-    low = high = float(f"{min(START, most):.3g}")
+    low = high = min(START, math.floor(10 * most) / 10)
     if within(low):
         while (high := float(f"{low * STRIDE:.3g}")) <= most and within(high):
             low = high

@@ -266,6 +266,15 @@ def test_auto_finds_where_the_difference_passes_its_error(monkeypatch, capsys, j
     assert f"standard error of FP32's: {within:g}; the next tried, {beyond:g}, is not" in capsys.readouterr().out
 
 
+def test_a_tensor_that_the_loss_does_not_reach_costs_nothing():
+    weights = {"used": torch.linspace(-1, 1, 200).reshape(20, 10), "unused": torch.linspace(-1, 1, 200).reshape(20, 10)}
+    stored = budget.entropy_coded(
+        weights, {"used": 1.0, "unused": 0.0}, lambda s: sum(t.nbytes for t in s.values()), 150
+    )
+    found = entropy.decode(stored, {name: w.shape for name, w in weights.items()})
+    assert not found["unused"].any() and (found["used"] - weights["used"]).abs().max() < 0.2
+
+
 def test_auto_stops_where_there_is_nothing_smaller_or_nothing_within(monkeypatch, capsys):
     from types import SimpleNamespace
 
@@ -283,6 +292,7 @@ def test_auto_stops_where_there_is_nothing_smaller_or_nothing_within(monkeypatch
     difference = 9.0
     assert min(compress.search(None, None, 0, lambda times: times, 1.5)) >= 1
     assert "no factor that was tried, 1.2, 1.5, keeps within" in capsys.readouterr().out
+    assert max(compress.search(None, None, 0, lambda times: times, 14.853)) <= 14.853
 
 
 @pytest.mark.parametrize("times", [("auto", "10"), ("0.5",), ("nan",), ("some",)])
