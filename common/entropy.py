@@ -6,6 +6,7 @@ constriction. 1-D tensors, too small for a table each, share one.
 """
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,27 +52,30 @@ def encode(
     import constriction  # here and below: entropy coding alone needs it
 
     feedback = feedback or {}
-    coder = constriction.stream.stack.AnsCoder()
     rounded_steps = {name: np.float32(steps[name]) for name in weights}
-    ranges, tables, remainders = [], [], []
-    coded = []
-    for group in groups_of({name: weight.shape for name, weight in weights.items()}):
+
+    def choose(group: Group) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
+        """Symbols from 0 up, the lowest of them, the table of their frequencies, and the bits of the remainders."""
         scaled = np.concatenate([_scaled(weights[name], rounded_steps[name]) for name in group.names])
         codes = _choose_codes(scaled, price)
         if (rounding := feedback.get(group.names[0])) is not None and abs(codes).max() < FEEDBACK_REACH:
             codes = _choose_with_feedback(weights[group.names[0]].shape, scaled, codes, rounding, price)
         symbols, extra, widths = _split(codes)
         low, table = _table(symbols)
-        ranges.append((low, len(table)))
-        tables.append(table)
-        remainders.append(_remainder_bits(extra, widths))
-        coded.append((symbols - low, table))
-    for symbols, table in reversed(coded):  # the coder is a stack
+        return (symbols - low).astype(np.int32), low, table, _remainder_bits(extra, widths)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy's loops leave the interpreter to the others
+        chosen = list(pool.map(choose, groups_of({name: weight.shape for name, weight in weights.items()})))
+    coder = constriction.stream.stack.AnsCoder()
+    for symbols, _, table, _ in reversed(chosen):  # the coder is a stack
         if len(table) > 1:
-            coder.encode_reverse(symbols.astype(np.int32), _distribution(table))
+            coder.encode_reverse(symbols, _distribution(table))
+    _, lows, tables, remainders = zip(*chosen, strict=True)
     return {
         "entropy:steps": torch.from_numpy(np.array(list(rounded_steps.values()), np.float32)),
-        "entropy:ranges": torch.from_numpy(np.array(ranges, np.int16)),
+        "entropy:ranges": torch.from_numpy(
+            np.array([(low, len(table)) for low, table in zip(lows, tables, strict=True)], np.int16)
+        ),
         "entropy:tables": torch.from_numpy(np.concatenate(tables)),
         "entropy:symbols": torch.from_numpy(coder.get_compressed().astype("<u4").view(np.uint8)),
         "entropy:remainders": torch.from_numpy(np.packbits(np.concatenate(remainders))),
