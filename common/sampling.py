@@ -36,7 +36,8 @@ class Sampling:
 
 def image_file(folder: Path, sampling: Sampling, weights: str) -> Path:
     """Where the images of the weights of hash `weights` are kept."""
-    key = hashlib.sha256(json.dumps([asdict(sampling), weights], sort_keys=True).encode()).hexdigest()
+    settings = [asdict(sampling), weights, torch.__version__]
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return folder / f"{key[:16]}.safetensors"
 
 
