@@ -71,7 +71,7 @@ PEERS = {
 
 
 def main():
-    parser = script_parser(__doc__)
+    parser = script_parser(__doc__, quantizes=False)
     options = parser.parse_args()
 
     import torch

@@ -11,7 +11,7 @@ from common.config import positive_int, run_main, script_parser
 
 
 def main():
-    parser = script_parser(__doc__)
+    parser = script_parser(__doc__, quantizes=False)
     parser.add_argument("--ddim", type=positive_int, nargs="+", default=[10, 20, 50, 100, 250], metavar="N")
     parser.add_argument("--dpm", type=positive_int, nargs="+", default=[10, 20, 50], metavar="N")
     options = parser.parse_args()
@@ -20,11 +20,14 @@ def main():
 
     from common import distributed, report
     from common.baseline import load_baseline
-    from common.experiment import make_bench, make_row, measure
+    from common.experiment import baseline_row, make_bench, measure
     from common.run import print_sizes, settle
 
-    options.steps = max(*options.ddim, *options.dpm)
     run = settle(options)
+    timesteps = run.preset.network.timesteps
+    for option, numbers in (("--ddim", options.ddim), ("--dpm", options.dpm)):
+        if max(numbers) > timesteps:
+            parser.error(f"argument {option}: {max(numbers)}: there are {timesteps} timesteps; give at most as many")
     if run.dry_run:
         print_sizes(run)
         return
@@ -34,12 +37,12 @@ def main():
         for sampler, numbers, eta in (("ddim", options.ddim, run.sampling.eta), ("dpm++", options.dpm, 1.0))
         for steps in sorted(numbers)
     ]
-    samplings.append(replace(run.sampling, sampler="ddpm", steps=run.preset.network.timesteps, eta=1.0))
+    samplings.append(replace(run.sampling, sampler="ddpm", steps=timesteps, eta=1.0))
     rows, fids = [], []
     for sampling in samplings:
         one = replace(run, sampling=sampling)
         measured = measure(one, bench, baseline)
-        rows.append(make_row(one, bench, baseline, measured, None))
+        rows.append(baseline_row(one, bench, baseline, measured, run.checkpoint))
         fids.append(measured.scores.fid)
     if distributed.rank() == 0:
         report.add_rows(run.out / "results.jsonl", rows)

@@ -158,49 +158,61 @@ def bounded_float(low: float, high: float, example: float) -> Callable[[str], fl
     return parse
 
 
-def script_parser(description: str) -> Parser:
-    """The options that the scripts share. Defaults of None are filled from the preset by `experiment.settle`."""
+def script_parser(description: str, quantizes: bool = True, samples: bool = True) -> Parser:
+    """The options that the scripts share; without those of quantization or of sampling for scripts that do neither.
+
+    Defaults of None are filled from the preset by `run.settle`.
+    """
     parser = Parser(description=description)
-    run = parser.add_argument_group("model and data")
-    run.add_argument("--preset", choices=PRESETS, help="default: paper where CUDA is available, else quick")
-    run.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: checkpoints/<preset>.safetensors")
-    run.add_argument("--data", choices=("mnist", "mnist5k"), help="default: what the preset trains on")
-    run.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="holds MNIST/raw")
-    quantization = parser.add_argument_group("quantization")
-    quantization.add_argument(
-        "--format", choices=FORMATS[1:], default="fp16", help="what tensors become that are quantized"
-    )
-    quantization.add_argument(
-        "--fisher-timestep",
-        choices=("1", "all", "image"),
-        default="1",
-        help="Fisher values of timestep 1, their mean over all, or that weighted by what an error does to the image",
-    )
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--images", type=positive_int, metavar="N", help="of each model; default: the preset's")
-    sampling.add_argument("--sampler", choices=("ddpm", "ddim", "dpm++"), help="default: the preset's")
-    sampling.add_argument(
-        "--steps", type=positive_int, metavar="N", help="of ddim and dpm++; default: the preset's; ddpm takes all 1000"
-    )
-    sampling.add_argument(
-        "--eta", type=bounded_float(0, 1, 0.5), metavar="ETA", help="fresh noise of DDIM, 0..1; default: the preset's"
-    )
-    sampling.add_argument(
-        "--batch-size", type=positive_int, metavar="N", help="images sampled at once; default: 50 on a CPU, 250 on CUDA"
-    )
-    sampling.add_argument(
+    model = parser.add_argument_group("model and data")
+    model.add_argument("--preset", choices=PRESETS, help="default: paper where CUDA is available, else quick")
+    model.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: checkpoints/<preset>.safetensors")
+    model.add_argument("--data", choices=("mnist", "mnist5k"), help="default: what the preset trains on")
+    model.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="holds MNIST/raw")
+    model.add_argument("--device", default=None, help="cpu, cuda or cuda:N; default: cuda where available, else cpu")
+    model.add_argument(
         "--seed", type=int, default=0, help="of the sampling: the noise of image i depends on (seed, i) alone"
     )
-    sampling.add_argument("--device", default=None, help="cpu, cuda or cuda:N; default: cuda where available, else cpu")
-    sampling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network when sampling")
-    metrics = parser.add_argument_group("metrics and output")
-    metrics.add_argument(
-        "--metric", choices=("mnist", "inception"), default="mnist", help="whose features FID, KID and score use"
-    )
-    metrics.add_argument("--inception-weights", type=Path, metavar="FILE", help="default: download them")
-    metrics.add_argument("--out", type=Path, metavar="DIR", help="default: results/<preset>")
-    metrics.add_argument("--dry-run", action="store_true", help="print configuration, sizes and cost; run nothing")
+    parser.set_defaults(format="fp16", fisher_timestep="1")
+    if quantizes:
+        _add_quantization(parser.add_argument_group("quantization"))
+    parser.set_defaults(
+        samples=samples, images=None, sampler=None, steps=None, eta=None, batch_size=None, precision="fp32",
+        metric="mnist", inception_weights=None,
+    )  # fmt: skip
+    if samples:
+        _add_sampling(parser.add_argument_group("sampling"))
+        metrics = parser.add_argument_group("metrics")
+        metrics.add_argument("--metric", choices=("mnist", "inception"), help="whose features FID, KID and score use")
+        metrics.add_argument("--inception-weights", type=Path, metavar="FILE", help="default: download them")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, metavar="DIR", help="default: results/<preset>")
+    output.add_argument("--dry-run", action="store_true", help="print configuration, sizes and cost; run nothing")
     return parser
+
+
+def _add_quantization(group) -> None:
+    group.add_argument("--format", choices=FORMATS[1:], help="what tensors become that are quantized")
+    group.add_argument(
+        "--fisher-timestep",
+        choices=("1", "all", "image"),
+        help="Fisher values of timestep 1, their mean over all, or that weighted by what an error does to the image",
+    )
+
+
+def _add_sampling(group) -> None:
+    group.add_argument("--images", type=positive_int, metavar="N", help="of each model; default: the preset's")
+    group.add_argument("--sampler", choices=("ddpm", "ddim", "dpm++"), help="default: the preset's")
+    group.add_argument(
+        "--steps", type=positive_int, metavar="N", help="of ddim and dpm++; default: the preset's; ddpm takes all 1000"
+    )
+    group.add_argument(
+        "--eta", type=bounded_float(0, 1, 0.5), metavar="ETA", help="fresh noise of DDIM, 0..1; default: the preset's"
+    )
+    group.add_argument(
+        "--batch-size", type=positive_int, metavar="N", help="images sampled at once; default: 50 on a CPU, 250 on CUDA"
+    )
+    group.add_argument("--precision", choices=("fp32", "bf16"), help="of the network when sampling")
 
 
 def strategy_parser(description: str) -> Parser:

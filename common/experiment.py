@@ -94,6 +94,12 @@ def make_row(run: Run, bench: Bench, model: Model, measured: Measured, baseline:
     return row if baseline is None or baseline.weights == measured.weights else row | differences(measured, baseline)
 
 
+def baseline_row(run: Run, bench: Bench, baseline: Model, measured: Measured, path: Path) -> dict:
+    """The row of the baseline, whose file is at `path`."""
+    row = make_row(run, bench, baseline, measured, None)
+    return row | {"published": PUBLISHED_BASELINE, "file": str(path)}
+
+
 def settings_of(run: Run, bench: Bench, baseline: str | None) -> dict:
     """What a row must share with another to be compared with it."""
     return {
@@ -191,7 +197,7 @@ def control_models(run: Run, baseline: Model, chosen: Model, draws: int) -> list
     orders["Smallest weights"] = smallest_first(baseline.state, names)
     models = []
     for kind, order in orders.items():
-        about = about_row(replace(run, fisher_timestep=1), baseline, kind, f"as {beside}", None)
+        about = about_row(run, baseline, kind, f"as {beside}", None)
         models.append(baseline.quantize(within(order, savings, total), run.fmt, about))
     uniform_sizes = {fmt: size_mib(baseline.config, dict.fromkeys(names, fmt)) for fmt in FORMATS[1:]}
     nearest = replace(run, fmt=nearest_format(uniform_sizes, chosen.size_mib()))
@@ -220,9 +226,8 @@ def print_rows(run: Run, bench: Bench, baseline: Model | None, baseline_path: Pa
         print(f"{len(bench.test_digits)} test digits in {run.data} are too few for a row of real digits: --data mnist")
     baseline_measured = None
     if baseline is not None:
-        baseline = replace(baseline, about=baseline.about | {"published": PUBLISHED_BASELINE})
         baseline_measured = measure(run, bench, baseline)
-        rows.append(make_row(run, bench, baseline, baseline_measured, None) | {"file": str(baseline_path)})
+        rows.append(baseline_row(run, bench, baseline, baseline_measured, baseline_path))
     for model in models:
         path = packed_file(run, model)
         if distributed.rank() == 0:
@@ -239,7 +244,8 @@ def print_rows(run: Run, bench: Bench, baseline: Model | None, baseline_path: Pa
 
 
 def packed_file(run: Run, model: Model) -> Path:
-    slug = re.sub(r"[^a-z0-9.]+", "-", model.about["label"].lower()).strip("-")
+    label = re.sub(r"(?<= )-(?=[.\d])", "minus ", model.about["label"].lower())
+    slug = re.sub(r"[^a-z0-9.]+", "-", label).strip("-")
     return run.out / "models" / f"{slug}.safetensors"
 
 

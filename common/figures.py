@@ -40,7 +40,9 @@ def draw_all(folder: Path, groups: list[list[dict]], only: str = "") -> list[Pat
         keep(f"samples{suffix}", draw_samples, rows)
         keep(f"fid-size{suffix}", draw_fid_against_size, rows)
         keep(f"fid-ratio{suffix}", draw_fid_against_ratio, rows)
-    for path in sorted({row["file"] for rows in groups for row in rows if row.get("strategy") == "Baseline"}):
+    for path in sorted(
+        {row["file"] for rows in groups for row in rows if row.get("strategy") == "Baseline" and "file" in row}
+    ):
         if not Path(path).exists():
             continue
         model = load_model(path)
@@ -96,16 +98,19 @@ def draw_fid_against_size(rows: list[dict]):
 
 
 def draw_fid_against_ratio(rows: list[dict]):
-    """FID against the ratio that stays FP32, one line per format."""
+    """FID against the ratio that stays FP32, one line for each format and Fisher timestep."""
     ratios = [r for r in rows if r.get("strategy") == "Ratio"]
     if len(ratios) < 2:
         return None
     figure, axis = plt.subplots(figsize=(7, 4.5))
-    for fmt in dict.fromkeys(r["format"] for r in ratios):
-        chosen = sorted((r for r in ratios if r["format"] == fmt), key=lambda r: float(r["setting"]))
+    lines: dict[str, list[dict]] = {}
+    for row in ratios:  # by what the label says beside the ratio: the format, and the Fisher timestep if another
+        lines.setdefault(row["label"].replace(f" {row['setting']}", "", 1), []).append(row)
+    for label, chosen in lines.items():
+        chosen.sort(key=lambda r: float(r["setting"]))
         axis.errorbar(
             [float(r["setting"]) for r in chosen], [r["fid"] for r in chosen], [r["fid_error"] for r in chosen],
-            fmt="o-", capsize=3, label=fmt,
+            fmt="o-", capsize=3, label=label,
         )  # fmt: skip
     _band_of_real_digits(axis, rows)
     axis.set(xlabel="ratio of each layer's weights that stays FP32", ylabel=f"FID ({rows[0]['metric']})")
@@ -170,7 +175,7 @@ def draw_fisher_by_group(table: fisher.FisherTable):
     for colour, (label, layers) in enumerate(GROUPS.items()):
         columns = [table.names.index(name) for name in names if name[len("layer")] in layers]
         values = table.values[order][:, columns]
-        error = table.errors[order][:, columns].square().sum(1).sqrt() / len(columns)
+        error = table.errors[order][:, columns].mean(1)  # at most: all tensors saw the same digits
         axis.errorbar(timesteps, values.mean(1), error, fmt="o-", color=f"C{colour}", capsize=2, label=f"{label}, mean")
         axis.plot(timesteps, values.median(1).values, "s--", color=f"C{colour}", label=f"{label}, median", markersize=4)
     axis.set(yscale="log", xlabel="timestep (0: finished image)", ylabel="Fisher value")

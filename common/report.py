@@ -35,7 +35,7 @@ COLUMNS = [
 
 
 def add_rows(path: Path, rows: list[dict]) -> None:
-    """Adds rows to the JSON lines of `path`; a row of the same label and settings is replaced where it stands."""
+    """Adds rows to the JSON lines of `path`; a row of the same label, weights and settings is replaced."""
     lines = {_identity(row): row for row in read_rows(path, absent_is_empty=True)}
     lines |= {_identity(row): row for row in rows}
     write_atomically(path, "".join(json.dumps(row, sort_keys=True) + "\n" for row in lines.values()).encode())

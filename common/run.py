@@ -109,10 +109,12 @@ def settle(options: argparse.Namespace) -> Run:
     threads, processes = torch.get_num_threads(), distributed.processes()
     workers = f"{threads} threads" if processes == 1 else f"{processes} processes of {threads} threads"
     print(f"preset {name} ({why}); {device.type}, {workers}, torch {torch.__version__}")
-    print(
-        f"{sampling.images} images, {sampling.method}, batch {sampling.batch_size}, {sampling.precision}, "
-        f"seed {sampling.seed}; data {run.data}; format {run.fmt}; Fisher timestep {run.fisher_timestep}; {run.out}/"
-    )
+    if options.samples:
+        print(
+            f"{sampling.images} images, {sampling.method}, batch {sampling.batch_size}, {sampling.precision}, "
+            f"seed {sampling.seed}; data {run.data}; format {run.fmt}; Fisher timestep {run.fisher_timestep}; "
+            f"{run.out}/"
+        )
     if not run.dry_run:
         report.read_rows(run.out / "results.jsonl", absent_is_empty=True)
         require_writable("--out", run.out, needed_mib=32 * size_mib(preset.network, {}))

@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,30 @@ def test_one_step_lies_in_the_last_quarter_of_the_timesteps(call, trained):
     call("simplediffusion", "--format", "int2", "--sampler", "ddim", "--steps", "1")
     last, uniform = row_of(labels[3]), row_of("Uniform (INT2)")
     assert {key: last[key] for key in FIGURES} == {key: uniform[key] for key in FIGURES}
+
+
+def test_settings_that_differ_in_sign_have_files_of_their_own(call, trained):
+    call("layer_math", "--k", "0.5", "-0.5", "--steps", "1")
+    one, other = row_of("Math k 0.5 (FP16)"), row_of("Math k -0.5 (FP16)")
+    assert one["file"] != other["file"]
+    assert all(load_model(Path(row["file"])).sha256 == row["weights"] for row in (one, other))
+
+
+def test_rows_of_samplers_leave_the_report_whole(call, trained, monkeypatch, capsys):
+    def measure_fast(run, bench, model, measure=experiment.measure):
+        return measure(replace(run, sampling=replace(run.sampling, sampler="ddim", steps=2)), bench, model)
+
+    monkeypatch.setattr("common.experiment.measure", measure_fast)
+    before = row_of("Baseline (FP32)")
+    printed = call("benchmarks.samplers", "--ddim", "2", "3", "--dpm", "2")
+    assert [line.split(",")[0] for line in printed.splitlines() if "eta 1" in line][-4:] == [
+        "ddim 2", "ddim 3", "dpm++ 2", "ddpm 1000",
+    ]  # fmt: skip
+    (same,) = [r for r in rows() if r["label"] == before["label"] and (r["sampler"], r["steps"]) == ("dpm++", 2)]
+    assert Path(same["file"]).name == "quick.safetensors" and same["published"] == before["published"]
+    monkeypatch.setattr(sys, "argv", ["report", "--preset", "quick"])
+    report.main()
+    assert "ddpm 1000 steps" in capsys.readouterr().out
 
 
 def test_sensitivity_tables_are_rebuilt_by_the_report(call, trained, monkeypatch, capsys):
