@@ -1,14 +1,15 @@
-"""Other packages' quantization of the same network, digits, noise and metric; what one cannot do is a row that says so.
+"""Other packages' quantization of the same network, digits, noise and metric; a line says what one cannot do.
 
     pip install torchao optimum-quanto nvidia-modelopt
     python -m benchmarks.peers --preset quick
 
 Weights alone are quantized, of the layers that a package supports. "file MiB" is what the package's own state takes on
-disk. A package that is not installed has a row too.
+disk. The rows join results.jsonl. A package that is not installed has a line too.
 """
 
 import io
 from collections.abc import Callable
+from importlib.metadata import version
 
 from common.config import run_main, script_parser
 
@@ -61,13 +62,21 @@ def modelopt(effective_bits: float) -> Callable:
     return quantized
 
 
-PEERS = {
-    "optimum-quanto int8": quanto("int8"),
-    "optimum-quanto int4": quanto("int4"),
-    "torchao int8 weight-only": torchao("int8"),
-    "torchao int4 weight-only": torchao("int4"),
-    "modelopt auto_quantize, 4.8 bits": modelopt(4.8),
+PEERS = {  # name: (package, what quantizes)
+    "quanto int8": ("optimum-quanto", quanto("int8")),
+    "quanto int4": ("optimum-quanto", quanto("int4")),
+    "torchao int8": ("torchao", torchao("int8")),
+    "torchao int4": ("torchao", torchao("int4")),
+    "modelopt auto_quantize, 4.8 bits": ("nvidia-modelopt", modelopt(4.8)),
 }
+
+
+def is_as_it_was(state: dict, original: dict) -> bool:
+    """Whether all tensors are plain ones of the same values."""
+    if state.keys() != original.keys():
+        return False
+    same_type = all(type(tensor) is type(original[name]) for name, tensor in state.items())
+    return same_type and all(tensor.cpu().equal(original[name]) for name, tensor in state.items())
 
 
 def main():
@@ -76,12 +85,13 @@ def main():
 
     import torch
 
+    from common import report
     from common.baseline import load_baseline
     from common.data import load_digits
     from common.diffusion import Schedule
     from common.diffusion_fisher import noised
-    from common.experiment import make_bench, measure
-    from common.metrics import psnr, score
+    from common.experiment import Measured, baseline_row, differences, figures, make_bench, measure, settings_of
+    from common.metrics import score
     from common.model import MIB
     from common.run import print_sizes, settle
     from common.sampling import generate
@@ -95,30 +105,29 @@ def main():
     timesteps = torch.linspace(0, run.preset.network.timesteps - 1, 128).long().tolist()
     x0, t, noise = noised(run, load_digits(run.data, "train", run.data_dir), timesteps)
     samples = Schedule(run.preset.network.timesteps).add_noise(x0, t, noise), t, noise
-    print(f"\n{'':36}{'FID':>18}{'FID - FP32':>22}{'PSNR dB':>14}{'file MiB':>10}")
-    for name, quantize in PEERS.items():
+    rows, failures = [baseline_row(run, bench, baseline, original, run.checkpoint)], []
+    for name, (package, quantize) in PEERS.items():
         try:
+            weights = f"{baseline.sha256} {name}, {package} {version(package)}"
             network, state = quantize(baseline.network().to(run.device), samples)
+            if is_as_it_was(network.state_dict(), baseline.state):
+                failures.append(f"{name}: leaves the network as it was")
+                continue
             network.to = lambda *_, network=network, **__: network  # not every package's tensors can be moved
-            images = generate(network.eval(), f"{baseline.sha256} {name}", run.sampling, run.out / "images", name)
+            images = generate(network.eval(), weights, run.sampling, run.out / "images", name)
         except Exception as error:  # whatever a package that is absent or cannot do it raises
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            print(f"{name:36}  cannot: {type(error).__name__}: {reason[:120]}", flush=True)
-            continue
-        if images.equal(original.images):
-            print(f"{name:36}  leaves every image as it was", flush=True)
+            failures.append(f"{name}: cannot: {type(error).__name__}: {reason[:120]}")
             continue
         file = io.BytesIO()
         torch.save(state, file)
-        scores = score(images, bench.network, bench.reference)
-        difference, error = scores.fid.minus(original.scores.fid)
-        decibels, decibels_error = psnr(images, original.images)
-        cells = (
-            f"{scores.fid.value:.3f} ± {scores.fid.error:.3f}",
-            f"{difference:+.4f} ± {error:.4f}",
-            f"{decibels:.1f} ± {decibels_error:.1f}",
-        )
-        print(f"{name:36}{cells[0]:>18}{cells[1]:>22}{cells[2]:>14}{len(file.getvalue()) / MIB:>10.3f}", flush=True)
+        mib = len(file.getvalue()) / MIB
+        measured = Measured(weights, images, score(images, bench.network, bench.reference))
+        about = {"label": name, "strategy": "Peer", "setting": name, "format": package, "weights": weights}
+        row = settings_of(run, bench, baseline.sha256) | about | {"size_mib": mib, "file_mib": mib}
+        rows.append(row | figures(measured.scores) | differences(measured, original))
+    report.add_rows(run.out / "results.jsonl", rows)
+    print("\n".join([report.format_table(rows), "", *failures]))
 
 
 if __name__ == "__main__":

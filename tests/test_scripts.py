@@ -164,6 +164,27 @@ def test_rows_of_samplers_leave_the_report_whole(call, trained, monkeypatch, cap
     assert "ddpm 1000 steps" in capsys.readouterr().out
 
 
+def test_peers_have_rows_or_a_line_of_what_they_cannot(call, trained, monkeypatch):
+    from benchmarks import peers
+
+    def halve(network, samples):
+        with torch.no_grad():
+            network.output_conv.weight /= 2
+        return network, {"weight": network.output_conv.weight}
+
+    found = {
+        "halved": ("torch", halve),
+        "none": ("torch", lambda network, _: (network, {})),
+        "gone": ("no-such", halve),
+    }
+    monkeypatch.setattr(peers, "PEERS", found)
+    printed = call("benchmarks.peers")
+    assert list(table_of(printed)) == ["Baseline (FP32)", "halved"]
+    assert "none: leaves the network as it was" in printed and "gone: cannot: PackageNotFoundError" in printed
+    row = row_of("halved")
+    assert 0 < row["file_mib"] < 0.01 and row["fid_difference"] != 0 and row["psnr"] < 60
+
+
 def test_sensitivity_tables_are_rebuilt_by_the_report(call, trained, monkeypatch, capsys):
     printed = call("common.sensitivity", "--digits", "4", "--formats", "int4", "int2")
     monkeypatch.setattr(sys, "argv", ["report", "--preset", "quick", "--sensitivity"])
