@@ -95,20 +95,20 @@ def size_mib(config: UNetConfig, formats: dict[str, str]) -> float:
 
 def save_model(path: str | Path, model: Model) -> None:
     """Writes the packed model: each tensor in its format, and all that sampling needs."""
-    checkpoint.save(path, "model", model.stored, _metadata(model))
+    checkpoint.save(path, "model", model.stored, _metadata(model, model.sha256))
 
 
 def file_bytes(model: Model) -> int:
-    """Bytes of the file that `save_model` writes."""
-    return len(checkpoint.seal("model", model.stored, _metadata(model)))
+    """Bytes of the file that `save_model` writes; unpacks nothing."""
+    return len(checkpoint.seal("model", model.stored, _metadata(model, "0" * 64)))
 
 
-def _metadata(model: Model) -> dict:
+def _metadata(model: Model, sha256: str) -> dict:
     return {
         "architecture": asdict(model.config),
         "formats": "entropy" if model.is_entropy_coded else model.formats,  # names cost bytes
         "data_range": DATA_RANGE,
-        "weights_sha256": model.sha256,
+        "weights_sha256": sha256,
         "about": model.about,
     }
 
