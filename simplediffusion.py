@@ -20,11 +20,14 @@ def main():
     parser.add_argument(
         "--training-steps", type=positive_int, metavar="N", help="of the training, if any; default: the preset's"
     )
+    parser.add_argument(
+        "--keep-every", type=positive_int, metavar="N", help="keep the weights each N steps of the training, if any"
+    )
     options = parser.parse_args()
 
     from common.experiment import run_baseline
 
-    run_baseline(options, options.retrain, options.training_steps)
+    run_baseline(options, options.retrain, options.training_steps, options.keep_every)
 
 
 if __name__ == "__main__":

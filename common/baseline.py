@@ -3,6 +3,8 @@
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+
 from common import checkpoint, distributed
 from common.checkpoint import CheckpointError
 from common.config import UserError
@@ -13,23 +15,32 @@ from common.training import train
 from common.unet import UNet
 
 
-def train_baseline(run: Run) -> Model:
-    """Trains, or continues training, the preset's baseline; writes it to the checkpoint and returns it."""
+def train_baseline(run: Run, keep_every: int | None = None) -> Model:
+    """Trains, or continues training, the preset's baseline; writes it to the checkpoint and returns it.
+
+    The averaged weights after each `keep_every` steps are kept beside it, as baselines of their own.
+    """
     state_path = training_state_file(run)
     digits = load_digits(run.data, "train", run.data_dir)
     precision = training_precision(run.device)
     print(cost_estimate(run))
     print(f"training in {precision}; state in {state_path}, so the same command continues after an interruption")
-    state, losses = train(UNet(run.preset.network), run.training, digits, state_path, run.device, precision)
+    about = {"preset": run.preset_name, "weights": "ema", "training": asdict(run.training), "precision": precision}
+
+    def keep(step: int, ema: dict[str, torch.Tensor]) -> None:
+        due = keep_every and step % keep_every == 0 and step < run.training.steps
+        if due and distributed.rank() == 0:
+            seen = step * run.training.batch_size
+            label = {"label": f"FP32 after {seen:,} digits", "digits_seen": seen}
+            kept = {name: tensor.cpu().contiguous() for name, tensor in ema.items()}
+            save_model(kept_file(run, seen), full_precision(run.preset.network, kept, about | label))
+
+    state, losses = train(UNet(run.preset.network), run.training, digits, state_path, run.device, precision, keep)
     width = max(1, len(losses) // 200)
     curve = [sum(losses[i : i + width]) / len(losses[i : i + width]) for i in range(0, len(losses), width)]
-    about = {
+    about |= {
         "label": "Baseline (FP32)",
-        "preset": run.preset_name,
-        "weights": "ema",
-        "training": asdict(run.training),
         "digits_seen": run.training.steps * run.training.batch_size,
-        "precision": precision,
         "loss_curve": [round(loss, 6) for loss in curve],
     }
     model = full_precision(run.preset.network, state, about)
@@ -42,6 +53,11 @@ def train_baseline(run: Run) -> Model:
 
 def training_state_file(run: Run) -> Path:
     return run.checkpoint.with_suffix(".training.safetensors")
+
+
+def kept_file(run: Run, digits_seen: int | str) -> Path:
+    """Where training keeps the weights that have seen so many digits; with "*", the pattern of all."""
+    return run.checkpoint.with_suffix(f".after-{digits_seen}.safetensors")
 
 
 def load_baseline(run: Run) -> Model:

@@ -97,7 +97,8 @@ def make_row(run: Run, bench: Bench, model: Model, measured: Measured, baseline:
 def baseline_row(run: Run, bench: Bench, baseline: Model, measured: Measured, path: Path) -> dict:
     """The row of the baseline, whose file is at `path`."""
     row = make_row(run, bench, baseline, measured, None)
-    return row | {"published": PUBLISHED_BASELINE, "file": str(path)}
+    about = {"published": PUBLISHED_BASELINE, "file": str(path), "digits_seen": baseline.about["digits_seen"]}
+    return row | about
 
 
 def settings_of(run: Run, bench: Bench, baseline: str | None) -> dict:
@@ -249,7 +250,9 @@ def packed_file(run: Run, model: Model) -> Path:
     return run.out / "models" / f"{slug}.safetensors"
 
 
-def run_baseline(options: argparse.Namespace, retrain: bool, training_steps: int | None) -> None:
+def run_baseline(
+    options: argparse.Namespace, retrain: bool, training_steps: int | None, keep_every: int | None
+) -> None:
     """What simplediffusion.py does: train where needed, then the rows of the baseline and of the uniform model; or,
     where --checkpoint is a packed model, that model's row under its baseline's."""
     run = settle(options)
@@ -263,10 +266,12 @@ def run_baseline(options: argparse.Namespace, retrain: bool, training_steps: int
         load_checkpoint(run)  # raises: a file that was named is not made by guessing
     if training_steps is not None and not (missing or retrain):
         raise UserError(f"--training-steps {training_steps}: {run.checkpoint} is trained; give --retrain as well")
+    if keep_every is not None and not (missing or retrain):
+        raise UserError(f"--keep-every {keep_every}: {run.checkpoint} is trained; give --retrain as well")
     if missing or retrain:
         bench = make_bench(run)
         require_writable("--checkpoint", run.checkpoint.parent, needed_mib=5 * size_mib(run.preset.network, {}))
-        model = train_baseline(run)
+        model = train_baseline(run, keep_every)
     else:
         model = load_checkpoint(run)
         bench = make_bench(run)

@@ -40,6 +40,7 @@ def draw_all(folder: Path, groups: list[list[dict]], only: str = "") -> list[Pat
         keep(f"samples{suffix}", draw_samples, rows)
         keep(f"fid-size{suffix}", draw_fid_against_size, rows)
         keep(f"fid-ratio{suffix}", draw_fid_against_ratio, rows)
+        keep(f"learning-curve{suffix}", draw_learning_curve, rows)
     for path in sorted(
         {row["file"] for rows in groups for row in rows if row.get("strategy") == "Baseline" and "file" in row}
     ):
@@ -116,6 +117,24 @@ def draw_fid_against_ratio(rows: list[dict]):
     axis.set(xlabel="ratio of each layer's weights that stays FP32", ylabel=f"FID ({rows[0]['metric']})")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
+    return figure
+
+
+def draw_learning_curve(rows: list[dict]):
+    """FID of the baseline as it was trained, against the digits that it had seen."""
+    curve = sorted((r for r in rows if r.get("digits_seen")), key=lambda r: r["digits_seen"])
+    if len(curve) < 2:
+        return None
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    axis.errorbar(
+        [r["digits_seen"] for r in curve], [r["fid"] for r in curve], [r["fid_error"] for r in curve],
+        fmt="o-", capsize=3, label="averaged weights",
+    )  # fmt: skip
+    _band_of_real_digits(axis, rows)
+    axis.set(xlabel="digits seen", ylabel=f"FID ({rows[0]['metric']})", yscale="log")
+    _plain_ticks(axis)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3, which="both")
     return figure
 
 

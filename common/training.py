@@ -78,13 +78,13 @@ def train(
     state_path: Path,
     device: torch.device,
     precision: str,
-    on_step: Callable[[], None] = lambda: None,
+    on_step: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, ema: None,
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Trains `network` on `digits` (uint8, (N, 32, 32)); returns the EMA weights and the loss of each step.
 
     Continues from `state_path` where it exists, and writes it about once a minute. Several processes share each batch.
-    Each step ends in `on_step()`. Raises TrainingError when a loss is not finite, the state belongs to another run or
-    the batch cannot be shared; CheckpointError when the file of the state is damaged.
+    After each step `on_step(steps done, EMA weights)` is called. Raises TrainingError when a loss is not finite, the
+    state belongs to another run or the batch cannot be shared; CheckpointError when the file of the state is damaged.
     """
     processes, rank = distributed.processes(), distributed.rank()
     if config.batch_size % processes:
@@ -138,11 +138,11 @@ def train(
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.values()), list(parameters.values()), 1 - ema_decay(config, step))
         losses[step] = distributed.mean(loss.detach())
+        on_step(step + 1, ema)  # before the state is saved: what it keeps is complete whenever the process dies
         if rank == 0 and (time.monotonic() - saved_at > SAVE_SECONDS or step + 1 == config.steps):
             _require_finite(losses[: step + 1])
             _save_state(state_path, run, step + 1, parameters, ema, optimizers, losses)
             saved_at = time.monotonic()
-        on_step()
 
     return {name: tensor.cpu().contiguous() for name, tensor in ema.items()}, losses.tolist()
 

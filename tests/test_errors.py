@@ -470,9 +470,15 @@ def test_checkpoint_that_cannot_be_written(refused, tmp_path, below):
     assert "--checkpoint" in message and str(path.parent) in message and "--out" not in message
 
 
-def test_training_steps_for_a_network_that_is_trained(refused, baseline):
-    message = refused("simplediffusion", *QUICK, "--training-steps", "3")
-    assert "--training-steps 3" in message and "quick.safetensors" in message and "--retrain" in message
+@pytest.mark.parametrize("option", ["--training-steps", "--keep-every"])
+def test_options_of_training_for_a_network_that_is_trained(refused, baseline, option):
+    message = refused("simplediffusion", *QUICK, option, "3")
+    assert f"{option} 3" in message and "quick.safetensors" in message and "--retrain" in message
+
+
+def test_learning_curve_of_which_nothing_was_kept(refused, baseline):
+    message = refused("common.learning_curve", *QUICK)
+    assert "quick.after-*.safetensors" in message and "--keep-every" in message
 
 
 def test_loss_that_is_not_finite(refused, tiny_preset, tmp_path, monkeypatch):

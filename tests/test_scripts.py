@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from common import experiment, report
+from common.config import UserError
 from common.layers import layer_weights
 from common.model import load_model
 from common.sampling import load_images
@@ -126,6 +127,31 @@ def test_training_steps_make_another_training(call, trained):
     call("simplediffusion", "--checkpoint", "short.safetensors", "--retrain", "--training-steps", "3")
     about = load_model(Path("short.safetensors")).about
     assert about["training"]["steps"] == 3 and about["digits_seen"] == 3 * 8
+
+
+def test_learning_curve_scores_what_training_kept(call, real, trained, monkeypatch):
+    steps, batch = 12, 8
+    before = load_model(Path("checkpoints/quick.safetensors")).sha256
+    call("simplediffusion", "--retrain", "--keep-every", "5")
+    assert load_model(Path("checkpoints/quick.safetensors")).sha256 == before
+    kept = {seen: load_model(Path(f"checkpoints/quick.after-{seen}.safetensors")) for seen in (5 * batch, 10 * batch)}
+    assert len(list(Path("checkpoints").iterdir())) == 3
+    printed = call("common.learning_curve")
+    labels = ["FP32 after 40 digits", "FP32 after 80 digits"]
+    assert list(table_of(printed)) == [real, "Baseline (FP32)", *labels]
+    points = [row_of(label) for label in labels] + [row_of("Baseline (FP32)")]
+    assert [p["digits_seen"] for p in points] == [40, 80, steps * batch]
+    assert [p["weights"] for p in points] == [kept[40].sha256, kept[80].sha256, before]
+    for point in points[:2]:
+        assert point["fid_difference"] == pytest.approx(point["fid"] - points[2]["fid"])
+
+    monkeypatch.setattr(sys, "argv", ["report", "--preset", "quick"])
+    report.main()
+    assert Path("results/quick/figures/learning-curve.png").exists()
+    call("simplediffusion", "--checkpoint", "short.safetensors", "--retrain", "--training-steps", "3")
+    shutil.copy("short.safetensors", "checkpoints/quick.after-24.safetensors")
+    with pytest.raises(UserError, match=r"after-24\.safetensors is of another training"):
+        call("common.learning_curve")
 
 
 def test_one_step_lies_in_the_last_quarter_of_the_timesteps(call, trained):

@@ -111,6 +111,18 @@ def test_ema_of_a_run_closed_form(run, tmp_path):
         assert torch.allclose(averaged[name], expected, rtol=0, atol=1e-6), name
 
 
+def test_on_step_gives_the_average_that_a_run_of_so_many_steps_ends_with(run, tiny_config, digits, tmp_path):
+    config, seen = replace(CONFIG, warmup_steps=100, steps=3), {}  # a rate that does not depend on the run's length
+
+    def keep(step, ema):
+        seen[step] = {name: tensor.clone() for name, tensor in ema.items()}
+
+    train(UNet(tiny_config), config, digits, tmp_path / "whole", CPU, "fp32", keep)
+    assert list(seen) == [1, 2, 3]
+    for steps in seen:
+        assert equal(seen[steps], run(replace(config, steps=steps), state=tmp_path / f"{steps}")[0])
+
+
 def test_first_step_moves_weights_by_the_learning_rates(run, tmp_path):
     config = replace(CONFIG, steps=1, warmup_steps=5, ema=0.0)
     before, _ = run(replace(config, lr=0.0, muon_lr=0.0), state=tmp_path / "before")
