@@ -139,11 +139,13 @@ def draw_learning_curve(rows: list[dict]):
 
 
 def _strategy(row: dict) -> str:
-    """What a row is drawn as: budgets by coding and kind, random draws as one, the others by their rule."""
+    """What a row is drawn as: budgets by coding, kind and Fisher timestep, random draws as one, the others by their
+    rule."""
     if row["strategy"] == "Budget":
         kind = row["setting"].partition(", ")[2]
         kind = "finetuned" if "updates" in kind else kind.rstrip("0123456789 ")
-        return f"Budget, {row['format']}" + (f", {kind}" if kind else "")
+        timestep = row["label"].partition(", Fisher ")[2].rstrip(")")  # where it is not that of the rule
+        return ", ".join(filter(None, ["Budget", row["format"], kind, timestep]))
     return "Random" if row["strategy"].startswith("Random ") else row["strategy"]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import experiment, report
+from common import experiment, figures, report
 from common.config import UserError
 from common.layers import layer_weights
 from common.model import load_model
@@ -450,3 +450,17 @@ def test_too_few_test_digits_for_the_features_leave_their_row_out(call, trained,
     printed = call("simplediffusion")
     assert "250 test digits in mnist5k are too few" in printed and "--data mnist" in printed
     assert "Real test digits" not in printed and "Baseline (FP32)" in printed
+
+
+@pytest.mark.parametrize(
+    ("setting", "label", "drawn"),
+    [
+        ("10x", "Budget 10x (entropy)", "Budget, entropy"),
+        ("10x", "Budget 10x (entropy, Fisher timestep all)", "Budget, entropy, timestep all"),
+        ("10x, 600 updates", "Budget 10x, 600 updates (entropy)", "Budget, entropy, finetuned"),
+        ("10x, random 2", "Budget 10x, random 2 (entropy)", "Budget, entropy, random"),
+    ],
+)
+def test_what_budgets_are_drawn_as(setting, label, drawn):
+    row = {"strategy": "Budget", "setting": setting, "label": label, "format": "entropy"}
+    assert figures._strategy(row) == drawn
