@@ -79,6 +79,20 @@ def is_as_it_was(state: dict, original: dict) -> bool:
     return same_type and all(tensor.cpu().equal(original[name]) for name, tensor in state.items())
 
 
+def as_it_is(network):
+    """The network, neither moved nor in inference mode: not every package's tensors bear that."""
+    import torch
+
+    class AsItIs(torch.nn.Module):
+        config = network.config
+
+        def forward(self, x, t):
+            with torch.inference_mode(False), torch.no_grad():
+                return network(x.clone(), t.clone())
+
+    return AsItIs()
+
+
 def main():
     parser = script_parser(__doc__, quantizes=False)
     options = parser.parse_args()
@@ -113,8 +127,7 @@ def main():
             if is_as_it_was(network.state_dict(), baseline.state):
                 failures.append(f"{name}: leaves the network as it was")
                 continue
-            network.to = lambda *_, network=network, **__: network  # not every package's tensors can be moved
-            images = generate(network.eval(), weights, run.sampling, run.out / "images", name)
+            images = generate(as_it_is(network.eval()), weights, run.sampling, run.out / "images", name)
         except Exception as error:  # whatever a package that is absent or cannot do it raises
             reason = (str(error) or type(error).__name__).splitlines()[0]
             failures.append(f"{name}: cannot: {type(error).__name__}: {reason[:120]}")
