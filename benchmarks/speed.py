@@ -131,7 +131,7 @@ def training(preset: Preset, device: torch.device, precision: str) -> float:
     digits = torch.randint(0, 256, (4 * preset.training.batch_size, 32, 32), dtype=torch.uint8)
     with TemporaryDirectory() as folder:
         config, state = replace(preset.training, steps=4), Path(folder) / "state.safetensors"
-        train(UNet(preset.network), config, digits, state, device, precision, lambda: times.append(now(device)))
+        train(UNet(preset.network), config, digits, state, device, precision, lambda *_: times.append(now(device)))
     return (times[2] - times[0]) / 2 / preset.training.batch_size
 
 
