@@ -104,7 +104,7 @@ def main():
     from common.data import load_digits
     from common.diffusion import Schedule
     from common.diffusion_fisher import noised
-    from common.experiment import Measured, baseline_row, differences, figures, make_bench, measure, settings_of
+    from common.experiment import Measured, baseline_row, make_bench, measure, measured_row
     from common.metrics import score
     from common.model import MIB
     from common.run import print_sizes, settle
@@ -136,9 +136,8 @@ def main():
         torch.save(state, file)
         mib = len(file.getvalue()) / MIB
         measured = Measured(weights, images, score(images, bench.network, bench.reference))
-        about = {"label": name, "strategy": "Peer", "setting": name, "format": package, "weights": weights}
-        row = settings_of(run, bench, baseline.sha256) | about | {"size_mib": mib, "file_mib": mib}
-        rows.append(row | figures(measured.scores) | differences(measured, original))
+        about = {"strategy": "Peer", "setting": name, "format": package, "size_mib": mib, "file_mib": mib}
+        rows.append(measured_row(run, bench, baseline, name, measured, original) | about)
     report.add_rows(run.out / "results.jsonl", rows)
     print("\n".join([report.format_table(rows), "", *failures]))
 

@@ -32,8 +32,7 @@ def train_baseline(run: Run, keep_every: int | None = None) -> Model:
         if due and distributed.rank() == 0:
             seen = step * run.training.batch_size
             label = {"label": f"FP32 after {seen:,} digits", "digits_seen": seen}
-            kept = {name: tensor.cpu().contiguous() for name, tensor in ema.items()}
-            save_model(kept_file(run, seen), full_precision(run.preset.network, kept, about | label))
+            save_model(kept_file(run, seen), full_precision(run.preset.network, ema, about | label))
 
     state, losses = train(UNet(run.preset.network), run.training, digits, state_path, run.device, precision, keep)
     width = max(1, len(losses) // 200)

@@ -140,11 +140,21 @@ def kept_by_layer(model: Model) -> dict[str, list[str]]:
     return kept
 
 
-def real_row(run: Run, bench: Bench, baseline: str | None) -> dict:
-    """The row of real test digits: what a perfect model would score with as many images."""
+def measured_row(run: Run, bench: Bench, baseline: Model, label: str, measured: Measured, original: Measured) -> dict:
+    """The row of images that no packed model made: figures, and differences to the baseline's images `original`."""
+    about = settings_of(run, bench, baseline.sha256) | {"label": label, "weights": measured.weights}
+    return about | figures(measured.scores) | differences(measured, original)
+
+
+def real_rows(run: Run, bench: Bench, baseline: str | None) -> list[dict]:
+    """The row of real test digits: what a perfect model would score with as many images. None, and a line that says
+    so, where there are too few digits for it."""
+    if len(bench.test_digits) <= bench.network.dimensions:
+        print(f"{len(bench.test_digits)} test digits in {run.data} are too few for a row of real digits: --data mnist")
+        return []
     scores = score(bench.test_digits, bench.network, bench.reference)
     label = f"Real test digits ({len(bench.test_digits)})"
-    return {**settings_of(run, bench, baseline), "label": label, **figures(scores)}
+    return [{**settings_of(run, bench, baseline), "label": label, **figures(scores)}]
 
 
 def about_row(run: Run, baseline: Model, strategy: str, setting: str, published: tuple | None) -> dict:
@@ -220,11 +230,7 @@ def run_models(options: argparse.Namespace, build: Callable[[Run, Bench, Model],
 def print_rows(run: Run, bench: Bench, baseline: Model | None, baseline_path: Path, models: list[Model]) -> None:
     """Measures the models, writes their packed files, prints the table and adds its rows to results.jsonl."""
     origin = baseline.sha256 if baseline is not None else models[0].about["baseline"]
-    rows = []
-    if len(bench.test_digits) > bench.network.dimensions:
-        rows.append(real_row(run, bench, origin))
-    else:
-        print(f"{len(bench.test_digits)} test digits in {run.data} are too few for a row of real digits: --data mnist")
+    rows = real_rows(run, bench, origin)
     baseline_measured = None
     if baseline is not None:
         baseline_measured = measure(run, bench, baseline)
@@ -264,10 +270,9 @@ def run_baseline(
     missing = distributed.agree(not run.checkpoint.exists())
     if missing and options.checkpoint is not None and not retrain:
         load_checkpoint(run)  # raises: a file that was named is not made by guessing
-    if training_steps is not None and not (missing or retrain):
-        raise UserError(f"--training-steps {training_steps}: {run.checkpoint} is trained; give --retrain as well")
-    if keep_every is not None and not (missing or retrain):
-        raise UserError(f"--keep-every {keep_every}: {run.checkpoint} is trained; give --retrain as well")
+    for option, value in (("--training-steps", training_steps), ("--keep-every", keep_every)):
+        if value is not None and not (missing or retrain):
+            raise UserError(f"{option} {value}: {run.checkpoint} is trained; give --retrain as well")
     if missing or retrain:
         bench = make_bench(run)
         require_writable("--checkpoint", run.checkpoint.parent, needed_mib=5 * size_mib(run.preset.network, {}))

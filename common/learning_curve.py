@@ -15,7 +15,7 @@ def main():
 
     from common import distributed, report
     from common.baseline import kept_file, load_baseline
-    from common.experiment import baseline_row, differences, figures, make_bench, measure, real_row, settings_of
+    from common.experiment import baseline_row, make_bench, measure, measured_row, real_rows
     from common.run import print_sizes, read_checkpoint, settle
 
     run = settle(options)
@@ -34,15 +34,10 @@ def main():
             )
     bench = make_bench(run)
     end = measure(run, bench, baseline)
-    rows = [
-        real_row(run, bench, baseline.sha256),
-        baseline_row(run, bench, baseline, end, run.checkpoint),
-    ]
+    rows = [*real_rows(run, bench, baseline.sha256), baseline_row(run, bench, baseline, end, run.checkpoint)]
     for model in kept:
-        measured = measure(run, bench, model)
-        about = {"label": model.about["label"], "weights": measured.weights, "digits_seen": model.about["digits_seen"]}
-        rows.append(settings_of(run, bench, baseline.sha256) | about | figures(measured.scores))
-        rows[-1] |= differences(measured, end)
+        row = measured_row(run, bench, baseline, model.about["label"], measure(run, bench, model), end)
+        rows.append(row | {"digits_seen": model.about["digits_seen"]})
     if distributed.rank() == 0:
         report.add_rows(run.out / "results.jsonl", rows)
     print(report.format_table(rows))

@@ -39,7 +39,7 @@ def main():
 
     from common import distributed, report
     from common.baseline import load_baseline
-    from common.experiment import Measured, differences, figures, make_bench, make_row, measure, settings_of, uniform
+    from common.experiment import Measured, make_bench, make_row, measure, measured_row, uniform
     from common.metrics import score
     from common.run import print_sizes, settle
 
@@ -58,8 +58,7 @@ def main():
         weights = f"{quantized.sha256}, {first}..{last}; {baseline.sha256}"
         images = generate(network, weights, run.sampling, run.out / "images", label)
         part = Measured(weights, images, score(images, bench.network, bench.reference))
-        about = settings_of(run, bench, baseline.sha256) | {"label": label, "weights": weights}
-        rows.append(about | figures(part.scores) | differences(part, reference))
+        rows.append(measured_row(run, bench, baseline, label, part, reference))
     if distributed.rank() == 0:
         report.add_rows(run.out / "results.jsonl", rows[1:])
     print(report.format_table(rows))
