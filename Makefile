@@ -16,7 +16,7 @@ demo: .venv/installed
 	$(RUN) layer_ratio.py $(DEMO) --ratio 0.25
 	$(RUN) layer_math.py $(DEMO) --alpha 0.5
 	$(RUN) layer_budget.py $(DEMO) --times 10
-	$(RUN) -m common.report --preset quick
+	$(RUN) -m common report --preset quick
 
 test: .venv/installed-test lint
 	$(RUN) -m pytest -q

@@ -11,7 +11,8 @@ chooses for each tensor one of fp32, fp16 and int8 to int2, the best choice ther
 with all that is in it.
 """
 
-from common.config import bounded_float, positive_int, run_main, strategy_parser
+from common.errors import run_main
+from common.options import bounded_float, positive_int, strategy_parser
 
 
 def main():
@@ -39,9 +40,9 @@ def main():
     if options.finetune and options.coding != "entropy":
         parser.error("argument --finetune: goes with --coding entropy only")
 
-    from common.compress import build
-    from common.experiment import run_models
-    from common.model import MIB
+    from common.formats.packed import MIB
+    from common.study.budget_models import build
+    from common.study.pipeline import run_models
 
     def models(run, bench, baseline):
         if options.size:

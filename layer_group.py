@@ -6,10 +6,10 @@ python layer_group.py --groups 123/456 --format int8
 
 import argparse
 from functools import partial
-from statistics import mean
 
-from common.config import run_main, strategy_parser
-from common.layers import layer_of
+from common.choose.rules import below_group_mean
+from common.errors import run_main
+from common.options import strategy_parser
 
 PUBLISHED = {"12/3456": (23.84, 67.9)}
 
@@ -30,16 +30,6 @@ def parse_groups(text: str) -> str:
     return text
 
 
-def below_group_mean(values: dict[str, float], groups: str) -> set[str]:
-    """Names of the tensors whose Fisher value lies below the mean of their group; `groups` as in "12/3456"."""
-    chosen = set()
-    for group in groups.split("/"):
-        members = {name: value for name, value in values.items() if layer_of(name)[-1] in group}
-        threshold = mean(members.values())  # exact: a rounded mean can lie above equal values
-        chosen |= {name for name, value in members.items() if value < threshold}
-    return chosen
-
-
 def main():
     parser = strategy_parser(__doc__)
     parser.add_argument(
@@ -47,7 +37,7 @@ def main():
     )
     options = parser.parse_args()
 
-    from common.experiment import Choice, run_strategy
+    from common.study.pipeline import Choice, run_strategy
 
     choices = [
         Choice("Groups", groups, partial(below_group_mean, groups=groups), PUBLISHED.get(groups))

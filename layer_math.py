@@ -7,25 +7,12 @@ GroupNorm weights are left out: they stay FP32 and do not count in mean and std.
 """
 
 from functools import partial
-from statistics import fmean, pstdev
 
-from common.config import bounded_float, run_main, strategy_parser
-from common.layers import by_layer, is_norm
+from common.choose.rules import below_layer_threshold
+from common.errors import run_main
+from common.options import bounded_float, strategy_parser
 
 PUBLISHED = {0.5: (23.16, 81.57)}
-K_RANGE = (0.1, 2.0)
-
-
-def below_layer_threshold(values: dict[str, float], alpha: float, k: float | None = None) -> set[str]:
-    """Names of the tensors below mean - k * std of their layer, k = alpha * mean / std within K_RANGE unless given."""
-    chosen = set()
-    for members in by_layer({name: value for name, value in values.items() if not is_norm(name)}).values():
-        mean, std = fmean(members.values()), pstdev(members.values())
-        if std == 0:
-            continue  # equal values: none lies below the others
-        factor = k if k is not None else min(max(alpha * mean / std, K_RANGE[0]), K_RANGE[1])
-        chosen |= {name for name, value in members.items() if value < mean - factor * std}
-    return chosen
 
 
 def main():
@@ -37,7 +24,7 @@ def main():
     rule.add_argument("--k", type=bounded_float(-10, 10, 0.5), nargs="+", metavar="K", help="one row for each")
     options = parser.parse_args()
 
-    from common.experiment import Choice, run_strategy
+    from common.study.pipeline import Choice, run_strategy
 
     if options.k:
         choices = [Choice("Math k", f"{k:g}", partial(below_layer_threshold, alpha=0, k=k)) for k in options.k]

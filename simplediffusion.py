@@ -7,7 +7,8 @@ python simplediffusion.py --preset paper --training-steps 2000
 python simplediffusion.py --checkpoint results/quick/models/uniform-fp16.safetensors
 """
 
-from common.config import positive_int, run_main, script_parser
+from common.errors import run_main
+from common.options import positive_int, script_parser
 
 
 def main():
@@ -25,7 +26,7 @@ def main():
     )
     options = parser.parse_args()
 
-    from common.experiment import run_baseline
+    from common.study.pipeline import run_baseline
 
     run_baseline(options, options.retrain, options.training_steps, options.keep_every)
 

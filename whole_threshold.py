@@ -8,15 +8,12 @@ Values are normalised by the largest, so a threshold of 1 quantizes every tensor
 
 from functools import partial
 
-from common.config import bounded_float, run_main, strategy_parser
+from common.choose.rules import below
+from common.errors import run_main
+from common.options import bounded_float, strategy_parser
 
 # The poster's global threshold, 71.48 MiB; its FID stems from 100 images and compares with nothing.
 PUBLISHED = {1.0: (None, 71.48)}
-
-
-def below(values: dict[str, float], threshold: float) -> set[str]:
-    """Names of the tensors whose Fisher value lies below `threshold`."""
-    return {name for name, value in values.items() if value < threshold}
 
 
 def main():
@@ -26,7 +23,7 @@ def main():
     )
     options = parser.parse_args()
 
-    from common.experiment import Choice, run_strategy
+    from common.study.pipeline import Choice, run_strategy
 
     choices = [
         Choice("Threshold", f"{threshold:g}", partial(below, threshold=threshold), PUBLISHED.get(threshold))

@@ -11,7 +11,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from common.config import PRESETS, Parser, positive_int, run_main
+from common.errors import run_main
+from common.options import Parser, positive_int
+from common.presets import PRESETS
 
 WORKS = ("sampling", "Fisher", "metrics")
 
@@ -20,13 +22,13 @@ def peak(work: str, preset_name: str, images: int) -> float:
     """MiB of this process at the most, after `work` on so many images; one step for each where they are sampled."""
     import torch
 
-    from common.device import set_up_torch
-    from common.unet import UNet
+    from common.ddpm.unet import UNet
+    from common.runtime.device import set_up_torch
 
     set_up_torch()
     network = UNet(PRESETS[preset_name].network).eval()
     if work == "sampling":
-        from common.sampling import Sampling, generate
+        from common.ddpm.sampling import Sampling, generate
 
         sampling = Sampling(images, "ddim", 1, 1.0, 50, 0, "cpu", "fp32")
         with TemporaryDirectory() as folder:
@@ -36,8 +38,8 @@ def peak(work: str, preset_name: str, images: int) -> float:
 
         fisher(network, torch.device("cpu"), images)
     else:
-        from common.features import load_features
-        from common.metrics import make_reference, score
+        from common.metrics.features import load_features
+        from common.metrics.scores import make_reference, score
 
         features = load_features("mnist", torch.device("cpu"))
         digits = torch.randint(0, 256, (images, 32, 32), dtype=torch.uint8)

@@ -11,7 +11,8 @@ import io
 from collections.abc import Callable
 from importlib.metadata import version
 
-from common.config import run_main, script_parser
+from common.errors import run_main
+from common.options import script_parser
 
 
 def quanto(bits: str) -> Callable:
@@ -99,16 +100,16 @@ def main():
 
     import torch
 
-    from common import report
-    from common.baseline import load_baseline
-    from common.data import load_digits
-    from common.diffusion import Schedule
-    from common.diffusion_fisher import noised
-    from common.experiment import Measured, baseline_row, make_bench, measure, measured_row
-    from common.metrics import score
-    from common.model import MIB
-    from common.run import print_sizes, settle
-    from common.sampling import generate
+    from common.ddpm.digits import load_digits
+    from common.ddpm.sampling import generate
+    from common.ddpm.schedule import Schedule
+    from common.formats.packed import MIB
+    from common.metrics.scores import score
+    from common.study import report
+    from common.study.diffusion_fisher import noised
+    from common.study.pipeline import Measured, baseline_row, make_bench, measure, measured_row
+    from common.study.run import print_sizes, settle
+    from common.training.baseline import load_baseline
 
     run = settle(options)
     if run.dry_run:

@@ -14,9 +14,11 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from benchmarks.speed import fisher, sampling, training
-from common.config import PRESETS, Parser, run_main
-from common.device import bf16_is_faster, choose_device, set_up_torch
-from common.unet import UNet
+from common.ddpm.unet import UNet
+from common.errors import run_main
+from common.options import Parser
+from common.presets import PRESETS
+from common.runtime.device import bf16_is_faster, choose_device, set_up_torch
 
 LEAST = 0.02
 

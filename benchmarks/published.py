@@ -14,9 +14,9 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from common.config import UNetConfig
-from common.diffusion import Schedule, denoising_loss
-from common.unet import UNet
+from common.ddpm.schedule import Schedule, denoising_loss
+from common.ddpm.unet import UNet
+from common.presets import UNetConfig
 
 BATCH = 64  # of training
 SAMPLING_STEPS = 2

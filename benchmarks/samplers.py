@@ -7,7 +7,8 @@ Names the fewest steps whose FID lies within one standard error of DDPM's. The r
 
 from dataclasses import replace
 
-from common.config import positive_int, run_main, script_parser
+from common.errors import run_main
+from common.options import positive_int, script_parser
 
 
 def main():
@@ -18,10 +19,11 @@ def main():
     if options.sampler or options.steps:
         parser.error("--sampler, --steps: every sampler is compared; give the numbers of steps with --ddim and --dpm")
 
-    from common import distributed, report
-    from common.baseline import load_baseline
-    from common.experiment import baseline_row, make_bench, measure
-    from common.run import print_sizes, settle
+    from common.runtime import distributed
+    from common.study import report
+    from common.study.pipeline import baseline_row, make_bench, measure
+    from common.study.run import print_sizes, settle
+    from common.training.baseline import load_baseline
 
     run = settle(options)
     timesteps = run.preset.network.timesteps

@@ -31,13 +31,17 @@ from tqdm import tqdm
 
 from benchmarks import published
 from benchmarks.published import fisher_samples, now, timed
-from common.checkpoint import write_atomically
-from common.config import PRESETS, Parser, Preset, UNetConfig, positive_int, run_main
-from common.device import autocast, bf16_is_faster, cast_weights, choose_device, set_up_torch
-from common.diffusion import NoiseStreams, Schedule, denoising_loss, sample
-from common.fisher import fisher_information
-from common.training import train
-from common.unet import UNet
+from common.ddpm.noise import NoiseStreams
+from common.ddpm.samplers import sample
+from common.ddpm.schedule import Schedule, denoising_loss
+from common.ddpm.unet import UNet
+from common.errors import run_main
+from common.fisher.information import fisher_information
+from common.options import Parser, positive_int
+from common.presets import PRESETS, Preset, UNetConfig
+from common.runtime.device import autocast, bf16_is_faster, cast_weights, choose_device, set_up_torch
+from common.runtime.sealed import write_atomically
+from common.training.loop import train
 
 FID_IMAGES = 100  # in each folder
 FID_WORK = f"FID of {FID_IMAGES} images"
@@ -151,8 +155,8 @@ def fid_timings(device: torch.device) -> list[Timing]:
     from PIL import Image
     from pytorch_fid import fid_score, inception
 
-    from common.features import Inception, load_features
-    from common.metrics import extract, fid, make_reference
+    from common.metrics.features import Inception, load_features
+    from common.metrics.scores import extract, fid, make_reference
 
     images = torch.randint(0, 256, (2 * FID_IMAGES, 32, 32), dtype=torch.uint8)
     with (

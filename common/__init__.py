@@ -1,1 +1,1 @@
-"""What the scripts share. Arrows run one way: scripts -> experiment -> the rest -> unet, data, config."""
+"""What the scripts share, in rooms; arrows run downwards only (the layers in pyproject.toml, `make lint`)."""

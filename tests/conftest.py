@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from common.config import PRESETS, TrainingConfig, UNetConfig
+from common.presets import PRESETS, TrainingConfig, UNetConfig
 
 TINY = UNetConfig(channels=(4, 8, 16, 32, 32, 24), groups=2, heads=2, dropout=0.0)
 
@@ -19,7 +19,7 @@ def tiny_network(tiny_config):
     """Random weights, the same in every test, in evaluation mode."""
     import torch
 
-    from common.unet import UNet
+    from common.ddpm.unet import UNet
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -29,7 +29,7 @@ def tiny_network(tiny_config):
 @pytest.fixture
 def tiny_preset(monkeypatch, tmp_path):
     """Makes `quick` a preset of a few seconds, with its checkpoint and its results in an empty folder."""
-    from common import run
+    from common.study import run
 
     training = TrainingConfig(
         data="mnist5k", batch_size=8, steps=12, lr=1e-3, muon_lr=1e-3, warmup_steps=4, ema=0.9, image_share=0.5

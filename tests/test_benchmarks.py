@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks import memory, profile, published, samplers, speed
-from common.config import PRESETS
-from common.unet import UNet
+from common.ddpm.unet import UNet
+from common.presets import PRESETS
 
 
 def run(module, monkeypatch, capsys, *arguments):

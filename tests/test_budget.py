@@ -9,14 +9,16 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from common import budget, compress, entropy
-from common.budget import BudgetError
-from common.config import run_main
-from common.feedback import measure_feedback
-from common.fisher import fisher_information
-from common.model import MIB, file_bytes, full_precision, load_model, save_model
-from common.quantization import stored_bytes
-from common.run import preset_checkpoint
+from common.choose import allocation, rounding
+from common.choose.allocation import BudgetError
+from common.choose.feedback import measure_feedback
+from common.errors import run_main
+from common.fisher.information import fisher_information
+from common.formats import entropy
+from common.formats.numbers import stored_bytes
+from common.formats.packed import MIB, file_bytes, full_precision, load_model, save_model
+from common.study import budget_models
+from common.study.run import preset_checkpoint
 
 
 def test_cheapest_formats_are_those_of_trying_every_choice():
@@ -31,7 +33,7 @@ def test_cheapest_formats_are_those_of_trying_every_choice():
             for choice in itertools.product("abcd", repeat=5)
             if sum(sizes[name][f] for name, f in zip(sizes, choice, strict=True)) <= limit
         )
-        chosen = budget.cheapest_formats(distortion, sizes, limit)
+        chosen = allocation.cheapest_formats(distortion, sizes, limit)
         assert sum(sizes[name][f] for name, f in chosen.items()) <= limit
         assert sum(distortion[name][f] for name, f in chosen.items()) == pytest.approx(best, rel=1e-5)
 
@@ -39,7 +41,7 @@ def test_cheapest_formats_are_those_of_trying_every_choice():
 def test_a_budget_below_the_smallest_choice_says_what_can_be_reached():
     sizes = {"a": {"int2": 10, "fp16": 80}, "b": {"int2": 7, "fp16": 50}}
     with pytest.raises(BudgetError) as error:
-        budget.cheapest_formats({name: dict.fromkeys(formats, 1.0) for name, formats in sizes.items()}, sizes, 16)
+        allocation.cheapest_formats({name: dict.fromkeys(formats, 1.0) for name, formats in sizes.items()}, sizes, 16)
     assert error.value.smallest == 17
     assert error.value.formats == {"a": "int2", "b": "int2"}
 
@@ -49,16 +51,16 @@ def test_the_tensor_with_the_larger_fisher_value_gets_the_wider_format():
     weights = {name: torch.randn(16, 16, generator=generator) for name in ("dull", "keen")}
     axes = dict.fromkeys(weights, 0)
     limit = stored_bytes(weights["dull"].shape, "int8") + stored_bytes(weights["keen"].shape, "int3")
-    formats = budget.fixed_formats(weights, axes, {"dull": 1e-6, "keen": 1.0}, limit)
+    formats = allocation.fixed_formats(weights, axes, {"dull": 1e-6, "keen": 1.0}, limit)
     assert formats["keen"] == "int8"
-    assert budget.fixed_formats(weights, axes, {"dull": 1.0, "keen": 1e-6}, limit)["dull"] == "int8"
+    assert allocation.fixed_formats(weights, axes, {"dull": 1.0, "keen": 1e-6}, limit)["dull"] == "int8"
 
 
 def test_steps_follow_the_inverse_root_of_fisher():
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(200, 100, generator=generator) for name in ("dull", "keen")}
     limit = 15_000
-    stored = budget.entropy_coded(weights, {"dull": 1.0, "keen": 16.0}, nbytes, limit)
+    stored = allocation.entropy_coded(weights, {"dull": 1.0, "keen": 16.0}, nbytes, limit)
     assert 0.999 * limit < nbytes(stored) <= limit
     dull, keen = stored["entropy:steps"].tolist()
     assert dull / keen == pytest.approx(4, rel=1e-5)
@@ -67,22 +69,22 @@ def test_steps_follow_the_inverse_root_of_fisher():
 def test_entropy_coding_below_the_smallest_says_what_can_be_reached():
     weights = {"w": torch.ones(10, 10)}
     with pytest.raises(BudgetError) as error:
-        budget.entropy_coded(weights, {"w": 1.0}, nbytes, 3)
+        allocation.entropy_coded(weights, {"w": 1.0}, nbytes, 3)
     smallest = error.value.smallest
-    stored = budget.entropy_coded(weights, {"w": 1.0}, nbytes, smallest)
+    stored = allocation.entropy_coded(weights, {"w": 1.0}, nbytes, smallest)
     assert nbytes(stored) == smallest
 
 
 def test_shrink_leaves_what_is_certain_and_pulls_what_is_not():
     values = torch.tensor([1e-4, 1e-3, 1e-2, 1e-1], dtype=torch.float64)
-    assert torch.allclose(budget.shrink(values, 1e-6 * values), values, rtol=1e-4)
-    shrunk = budget.shrink(values, torch.tensor([1e-6, 1e-5, 1e-4, 0.1], dtype=torch.float64))
+    assert torch.allclose(allocation.shrink(values, 1e-6 * values), values, rtol=1e-4)
+    shrunk = allocation.shrink(values, torch.tensor([1e-6, 1e-5, 1e-4, 0.1], dtype=torch.float64))
     assert torch.allclose(shrunk[:3], values[:3], rtol=1e-3)
     assert values.log().mean().exp() < shrunk[3] < 0.9 * values[3]
 
 
 def test_shrink_gives_a_tensor_without_gradient_a_value():
-    shrunk = budget.shrink(torch.tensor([0.0, 1e-3, 1e-2]).double(), torch.tensor([0.0, 1e-5, 1e-4]).double())
+    shrunk = allocation.shrink(torch.tensor([0.0, 1e-3, 1e-2]).double(), torch.tensor([0.0, 1e-5, 1e-4]).double())
     assert (shrunk > 0).all() and torch.isfinite(shrunk).all()
 
 
@@ -107,8 +109,8 @@ def test_any_network_can_be_measured_and_stored():
     assert len(feedback) > 20 and feedback.keys() < weights.keys()
     limit = sum(w.nbytes for w in weights.values()) // 8
     expected = network(x, t).sample.detach()
-    stored = budget.entropy_coded(
-        weights, dict(zip(weights, budget.shrink(values, errors).tolist(), strict=True)), nbytes, limit, feedback
+    stored = allocation.entropy_coded(
+        weights, dict(zip(weights, allocation.shrink(values, errors).tolist(), strict=True)), nbytes, limit, feedback
     )
     assert nbytes(stored) <= limit
     network.load_state_dict(entropy.decode(stored, {name: w.shape for name, w in weights.items()}))
@@ -123,16 +125,16 @@ def nbytes(stored):
 def test_fill_takes_the_lowest_price_that_fits():
     weights = {"w": torch.randn(100, 100, generator=torch.Generator().manual_seed(0))}
     steps = {"w": 0.3}
-    whole = nbytes(entropy.encode(weights, steps, price=0.0))
+    whole = nbytes(rounding.encode(weights, steps, price=0.0))
     shapes = {"w": weights["w"].shape}
     assert torch.equal(
-        entropy.decode(budget.fill(weights, steps, nbytes, whole), shapes)["w"], (weights["w"] / 0.3).round() * 0.3
+        entropy.decode(allocation.fill(weights, steps, nbytes, whole), shapes)["w"], (weights["w"] / 0.3).round() * 0.3
     )
     for share in (0.98, 0.95):
         limit = int(share * whole)
-        assert 0.97 * limit < nbytes(budget.fill(weights, steps, nbytes, limit)) <= limit
+        assert 0.97 * limit < nbytes(allocation.fill(weights, steps, nbytes, limit)) <= limit
     with pytest.raises(BudgetError):
-        budget.fill(weights, steps, nbytes, 3)
+        allocation.fill(weights, steps, nbytes, 3)
 
 
 @pytest.fixture
@@ -173,11 +175,11 @@ def test_the_file_keeps_to_its_size_and_repeats_its_weights(script, coding):
 @pytest.mark.parametrize("coding", ["entropy", "fixed"])
 def test_twenty_sizes_from_the_smallest_to_fp32_are_kept_to(tiny_network, coding, tmp_path):
     baseline = full_precision(tiny_network.config, tiny_network.state_dict(), {})
-    least, most = compress.smallest(baseline, coding, {}), int(baseline.size_mib() * MIB)
+    least, most = budget_models.smallest(baseline, coding, {}), int(baseline.size_mib() * MIB)
     values = dict.fromkeys(baseline.state, 1.0)
     errors = []
     for limit in np.geomspace(least, most, 20).astype(int).tolist():
-        model = compress.CODINGS[coding](baseline, values, {}, limit, {})
+        model = budget_models.CODINGS[coding](baseline, values, {}, limit, {})
         save_model(tmp_path / "model", model)
         assert (tmp_path / "model").stat().st_size == file_bytes(model) <= limit
         errors.append(sum(float((model.state[n] - w).square().sum()) for n, w in baseline.state.items()))
@@ -187,7 +189,7 @@ def test_twenty_sizes_from_the_smallest_to_fp32_are_kept_to(tiny_network, coding
 def test_other_values_are_the_same_numbers_elsewhere_or_none():
     weights = {"a": torch.tensor([1.0, -3.0]), "b": torch.zeros(2), "c": torch.ones(2)}
     values = {"a": 1.0, "b": 2.0, "c": 3.0}
-    others = compress.other_values(weights, values, 0, 4)
+    others = budget_models.other_values(weights, values, 0, 4)
     assert others["unweighted"] == {"a": 1.0, "b": 1.0, "c": 1.0}
     assert others["magnitude"] == {"a": 5.0, "b": 1e-30, "c": 1.0}
     draws = [others[f"random {i}"] for i in range(1, 5)]
@@ -213,7 +215,7 @@ def test_finetuned_codes_that_do_not_fit_cost_no_other_row(script, monkeypatch, 
     def too_large(*_):
         raise BudgetError(12_345)
 
-    monkeypatch.setattr(compress, "finetuned", too_large)
+    monkeypatch.setattr(budget_models, "finetuned", too_large)
     (row,) = script("--times", "9", "--finetune", "3")
     assert row["label"] == "Budget 9x (entropy)" and "12,345 bytes" in capfd.readouterr().out
 
@@ -234,7 +236,7 @@ def test_finetuning_goes_with_entropy_coding(script, capfd):
 
 
 def test_auto_tries_finetuned_models_where_finetuning_is_asked_for(script, monkeypatch):
-    monkeypatch.setattr(compress, "search", lambda run, bench, baseline, make, most: [make(9)])
+    monkeypatch.setattr(budget_models, "search", lambda run, bench, baseline, make, most: [make(9)])
     (row,) = script("--times", "auto", "--finetune", "3")
     assert row["label"] == "Budget 9x, 3 updates (entropy)"
 
@@ -251,7 +253,7 @@ def test_auto_finds_where_the_difference_passes_its_error(monkeypatch, capsys, j
     """With models whose FID jumps at a factor that is known."""
     from types import SimpleNamespace
 
-    from common.metrics import Estimate
+    from common.metrics.scores import Estimate
 
     spread = np.array([-1.0, 1.0, -1.0, 1.0])  # a standard error of 0.58
 
@@ -259,8 +261,8 @@ def test_auto_finds_where_the_difference_passes_its_error(monkeypatch, capsys, j
         fid = Estimate(1.0 + (0.5 if times < jump else 0.7) * (times > 0), spread * (times > 0))
         return SimpleNamespace(scores=SimpleNamespace(fid=fid))
 
-    monkeypatch.setattr(compress, "measure", measure)
-    tried = compress.search(None, None, 0, lambda times: times, 300.0)
+    monkeypatch.setattr(budget_models, "measure", measure)
+    tried = budget_models.search(None, None, 0, lambda times: times, 300.0)
     assert tried == sorted(tried)
     within, beyond = max(t for t in tried if t < jump), min(t for t in tried if t >= jump)
     assert 1 < beyond / within <= 1.06
@@ -269,7 +271,7 @@ def test_auto_finds_where_the_difference_passes_its_error(monkeypatch, capsys, j
 
 def test_a_tensor_that_the_loss_does_not_reach_costs_nothing():
     weights = {"used": torch.linspace(-1, 1, 200).reshape(20, 10), "unused": torch.linspace(-1, 1, 200).reshape(20, 10)}
-    stored = budget.entropy_coded(
+    stored = allocation.entropy_coded(
         weights, {"used": 1.0, "unused": 0.0}, lambda s: sum(t.nbytes for t in s.values()), 150
     )
     found = entropy.decode(stored, {name: w.shape for name, w in weights.items()})
@@ -279,7 +281,7 @@ def test_a_tensor_that_the_loss_does_not_reach_costs_nothing():
 def test_auto_stops_where_there_is_nothing_smaller_or_nothing_within(monkeypatch, capsys):
     from types import SimpleNamespace
 
-    from common.metrics import Estimate
+    from common.metrics.scores import Estimate
 
     difference = 0.0
 
@@ -287,13 +289,13 @@ def test_auto_stops_where_there_is_nothing_smaller_or_nothing_within(monkeypatch
         fid = Estimate(difference * (times > 0), np.array([-1.0, 1.0]) * (times > 0))
         return SimpleNamespace(scores=SimpleNamespace(fid=fid))
 
-    monkeypatch.setattr(compress, "measure", measure)
-    assert compress.search(None, None, 0, lambda times: times, 21.0) == [16.0, 20.0]
+    monkeypatch.setattr(budget_models, "measure", measure)
+    assert budget_models.search(None, None, 0, lambda times: times, 21.0) == [16.0, 20.0]
     assert ": 20; nothing larger was tried" in capsys.readouterr().out
     difference = 9.0
-    assert min(compress.search(None, None, 0, lambda times: times, 1.5)) >= 1
+    assert min(budget_models.search(None, None, 0, lambda times: times, 1.5)) >= 1
     assert "no factor that was tried, 1.2, 1.5, keeps within" in capsys.readouterr().out
-    assert max(compress.search(None, None, 0, lambda times: times, 14.853)) <= 14.853
+    assert max(budget_models.search(None, None, 0, lambda times: times, 14.853)) <= 14.853
 
 
 @pytest.mark.parametrize("times", [("auto", "10"), ("0.5",), ("nan",), ("some",)])

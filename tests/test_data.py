@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchvision.datasets import mnist as torchvision_mnist
 
-from common.data import DataError, load_digits, load_labelled_digits, pad_digits, to_model_range, to_uint8
+from common.ddpm.digits import DataError, load_digits, load_labelled_digits, pad_digits, to_model_range, to_uint8
 
 
 def test_every_pixel_value_survives_the_round_trip():

@@ -8,7 +8,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers import scheduling_ddpm
 
-from common.diffusion import NoiseStreams, Schedule, denoising_loss, sample
+from common.ddpm.noise import NoiseStreams
+from common.ddpm.samplers import sample
+from common.ddpm.schedule import Schedule, denoising_loss
 
 LINEAR = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 

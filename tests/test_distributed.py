@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import files, finish, table
 
-from common import distributed
-from common.sampling import Sampling, generate
+from common.ddpm.sampling import Sampling, generate
+from common.runtime import distributed
 
 
 @pytest.fixture

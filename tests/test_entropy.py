@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import entropy
+from common.choose import rounding
+from common.formats import entropy
 
 
 def random_weights(seed=0):
@@ -14,7 +15,7 @@ def random_weights(seed=0):
 
 
 def decoded(weights, steps):
-    return entropy.decode(entropy.encode(weights, steps), {name: w.shape for name, w in weights.items()})
+    return entropy.decode(rounding.encode(weights, steps), {name: w.shape for name, w in weights.items()})
 
 
 @pytest.mark.parametrize("step", [10.0, 1.0, 0.3, 0.01, 1e-4, 1e-6])
@@ -54,7 +55,7 @@ def test_size_is_close_to_the_entropy_of_the_codes():
     generator = torch.Generator().manual_seed(0)
     weights = {"w": torch.randn(400, 500, generator=generator)}
     for step, tolerance in ((0.5, 0.01), (0.05, 0.01)):
-        stored = entropy.encode(weights, {"w": step})
+        stored = rounding.encode(weights, {"w": step})
         read = entropy.decode(stored, {"w": weights["w"].shape})["w"]
         counts = torch.unique((read / step).round(), return_counts=True)[1].double()
         ideal = float(-(counts * (counts / counts.sum()).log2()).sum()) / 8
@@ -67,7 +68,7 @@ def test_shorter_codes_are_taken_only_where_they_pay():
     weight = torch.distributions.Laplace(0.0, 1.0).icdf(torch.rand(300, 400, generator=generator) * 0.999 + 0.0005)
 
     def rate_and_error(step):
-        stored = entropy.encode({"w": weight}, {"w": step})
+        stored = rounding.encode({"w": weight}, {"w": step})
         read = entropy.decode(stored, {"w": weight.shape})["w"]
         return sum(t.nbytes for t in stored.values()), float((read - weight).square().mean())
 
@@ -84,13 +85,13 @@ def test_shorter_codes_are_taken_only_where_they_pay():
 
 def test_same_weights_give_the_same_bytes():
     weights = random_weights()
-    a, b = (entropy.encode(weights, dict.fromkeys(weights, 0.1)) for _ in range(2))
+    a, b = (rounding.encode(weights, dict.fromkeys(weights, 0.1)) for _ in range(2))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_all_zero_codes_take_next_to_nothing():
     weights = {"w": torch.randn(100, 100, generator=torch.Generator().manual_seed(0)) * 0.01, "b": torch.zeros(5)}
-    stored = entropy.encode(weights, {"w": 1.0, "b": 1.0})
+    stored = rounding.encode(weights, {"w": 1.0, "b": 1.0})
     assert sum(t.nbytes for t in stored.values()) < 30
     read = entropy.decode(stored, {name: w.shape for name, w in weights.items()})
     assert not any(w.any() for w in read.values())
@@ -99,9 +100,9 @@ def test_all_zero_codes_take_next_to_nothing():
 @pytest.mark.parametrize("step", [0.0, -1.0, float("nan")])
 def test_a_step_that_is_not_positive_is_refused(step):
     with pytest.raises(ValueError, match="not positive"):
-        entropy.encode({"w": torch.ones(2, 2)}, {"w": step})
+        rounding.encode({"w": torch.ones(2, 2)}, {"w": step})
 
 
 def test_a_step_that_is_too_small_is_refused():
     with pytest.raises(ValueError, match="too small"):
-        entropy.encode({"w": torch.ones(2, 2)}, {"w": 1e-9})
+        rounding.encode({"w": torch.ones(2, 2)}, {"w": 1e-9})

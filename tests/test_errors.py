@@ -13,12 +13,16 @@ from urllib.error import URLError
 import pytest
 import torch
 
-from common import checkpoint, experiment, fisher, metrics, report
-from common.config import PRESETS, run_main, script_parser
-from common.layers import layer_weights
-from common.model import full_precision, load_model, save_model
-from common.run import settle
-from common.unet import UNet
+from common.choose.layers import layer_weights
+from common.ddpm.unet import UNet
+from common.errors import run_main
+from common.fisher import information
+from common.formats.packed import full_precision, load_model, save_model
+from common.options import script_parser
+from common.presets import PRESETS
+from common.runtime import sealed
+from common.study import pipeline, report, score_folder
+from common.study.run import settle
 
 ROOT = Path(__file__).parent.parent
 STRATEGIES = ("whole_threshold", "layer_group", "layer_ratio", "layer_math")
@@ -37,13 +41,13 @@ def files(folder):
 @pytest.fixture
 def few_digits(monkeypatch):
     """An eighth of the training digits, so that their features take no time."""
-    load = experiment.load_digits
+    load = pipeline.load_digits
 
     def load_few(data, split, data_dir):
         digits = load(data, split, data_dir)
         return digits[::8] if split == "train" else digits
 
-    monkeypatch.setattr(experiment, "load_digits", load_few)
+    monkeypatch.setattr(pipeline, "load_digits", load_few)
 
 
 @pytest.fixture
@@ -303,7 +307,7 @@ def test_checkpoint_that_is_a_folder(refused, tmp_path, script, named):
 @pytest.mark.parametrize("script", ["simplediffusion", "layer_ratio"])
 def test_file_of_another_kind(refused, tmp_path, script):
     path = tmp_path / "other.safetensors"
-    checkpoint.save(path, "images", {"images": torch.zeros(1, 32, 32, dtype=torch.uint8)}, {})
+    sealed.save(path, "images", {"images": torch.zeros(1, 32, 32, dtype=torch.uint8)}, {})
     message = refused(script, *QUICK, "--checkpoint", path)
     assert str(path) in message and "not a model file" in message
 
@@ -349,10 +353,10 @@ def test_fisher_values_of_other_weights(refused, baseline, tmp_path, script):
     weights = load_model(baseline).sha256
     path = Path("results/quick") / f"fisher-{weights[:12]}.safetensors"
     ones = torch.ones(1, 1, dtype=torch.float64)
-    fisher.save(path, fisher.FisherTable(["a"], [1], ones, 2 * ones, [1], {}, "b" * 64, []))
+    information.save(path, information.FisherTable(["a"], [1], ones, 2 * ones, [1], {}, "b" * 64, []))
     kept = path.read_bytes()
     # Statistics of the digits may be kept by then: let them be there already.
-    experiment.make_bench(settled(*QUICK))
+    pipeline.make_bench(settled(*QUICK))
     message = refused(script, *QUICK)
     assert str(path) in message and "other weights" in message and "delete it" in message
     assert path.read_bytes() == kept
@@ -456,7 +460,7 @@ def test_disk_that_fills_up_on_the_way(refused, baseline, monkeypatch, script):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
-    monkeypatch.setattr("common.checkpoint.tempfile.mkstemp", full)
+    monkeypatch.setattr("common.runtime.sealed.tempfile.mkstemp", full)
     message = refused(script, *QUICK)
     assert "No space left on device" in message and "somewhere" in message
 
@@ -465,7 +469,7 @@ def test_disk_that_fills_up_on_the_way(refused, baseline, monkeypatch, script):
 def test_checkpoint_that_cannot_be_written(refused, tmp_path, below):
     (tmp_path / "file").write_text("kept")
     path = tmp_path / below / "new.safetensors"
-    experiment.make_bench(settled(*QUICK))
+    pipeline.make_bench(settled(*QUICK))
     message = refused("simplediffusion", *QUICK, "--checkpoint", path, "--retrain")
     assert "--checkpoint" in message and str(path.parent) in message and "--out" not in message
 
@@ -484,8 +488,8 @@ def test_learning_curve_of_which_nothing_was_kept(refused, baseline):
 def test_loss_that_is_not_finite(refused, tiny_preset, tmp_path, monkeypatch):
     preset = replace(tiny_preset, training=replace(tiny_preset.training, lr=1e30))
     monkeypatch.setitem(PRESETS, "quick", preset)
-    experiment.make_bench(settled(*QUICK))
-    monkeypatch.setattr("common.training.tqdm", lambda steps, **_: steps)  # its bar goes to stderr as well
+    pipeline.make_bench(settled(*QUICK))
+    monkeypatch.setattr("common.training.loop.tqdm", lambda steps, **_: steps)  # its bar goes to stderr as well
     message = refused("simplediffusion", *QUICK)
     assert "the loss is not finite at step" in message and "learning rate" in message
     assert not list(tmp_path.rglob("quick*.safetensors"))
@@ -510,12 +514,12 @@ def test_report_of_damaged_or_foreign_rows(refused, tmp_path, content):
 def test_damaged_rows_are_found_before_any_work(refused, baseline, monkeypatch, script):
     Path("results/quick").mkdir(parents=True)
     Path("results/quick/results.jsonl").write_text('{"label": "Base\n')
-    monkeypatch.setattr(experiment, "generate", lambda *_: pytest.fail("sampled before the rows were read"))
+    monkeypatch.setattr(pipeline, "generate", lambda *_: pytest.fail("sampled before the rows were read"))
     assert "damaged" in refused(script, *QUICK)
 
 
 def test_metrics_of_a_folder_that_is_absent(refused):
-    assert "absent: no such folder" in refused("metrics", "absent", main=metrics.main)
+    assert "absent: no such folder" in refused("metrics", "absent", main=score_folder.main)
 
 
 # Whole processes

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from pytorch_fid import inception
 
-from common import checkpoint, features
-from common.config import UserError
-from common.data import load_labelled_digits
-from common.features import CLASSIFIER_FILE, CLASSIFIER_SHA256, load_features
+from common.ddpm.digits import load_labelled_digits
+from common.errors import UserError
+from common.metrics import features
+from common.metrics.features import CLASSIFIER_FILE, CLASSIFIER_SHA256, load_features
+from common.runtime import sealed
 
 CPU = torch.device("cpu")
 
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 
 def test_classifier_ships_and_is_the_frozen_one():
     network = load_features("mnist", CPU)
-    assert network.sha256 == CLASSIFIER_SHA256 == checkpoint.hash_tensors(network.state_dict())
+    assert network.sha256 == CLASSIFIER_SHA256 == sealed.hash_tensors(network.state_dict())
     assert not network.training and not any(p.requires_grad for p in network.parameters())
     assert CLASSIFIER_FILE.stat().st_size < 500_000
 
@@ -63,9 +64,9 @@ def test_altered_classifier_is_refused(tmp_path, monkeypatch):
 
 def test_another_classifier_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "features.safetensors"
-    tensors, metadata = checkpoint.load(CLASSIFIER_FILE, "features")
+    tensors, metadata = sealed.load(CLASSIFIER_FILE, "features")
     tensors["head.bias"] = tensors["head.bias"] + 1e-3
-    checkpoint.save(path, "features", tensors, metadata)
+    sealed.save(path, "features", tensors, metadata)
     monkeypatch.setattr(features, "CLASSIFIER_FILE", path)
     with pytest.raises(UserError, match="not the frozen feature network") as error:
         load_features("mnist", CPU)

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import entropy
-from common.feedback import DAMPING, Feedback, make_feedback, measure_feedback, patches_of
+from common.choose import rounding
+from common.choose.feedback import DAMPING, Feedback, make_feedback, measure_feedback, patches_of
+from common.formats import entropy
 
 
 def no_bits(codes):
@@ -125,7 +126,7 @@ def test_coded_weights_with_feedback_make_better_outputs_in_as_many_bytes():
     weights, feedback = {"w": weight}, {"w": make_feedback(x.T @ x)}
     sizes, errors = [], []
     for choice in ({}, feedback):
-        stored = entropy.encode(weights, {"w": 0.5}, choice)
+        stored = rounding.encode(weights, {"w": 0.5}, choice)
         read = entropy.decode(stored, {"w": weight.shape})["w"]
         sizes.append(sum(t.nbytes for t in stored.values()))
         errors.append(float(((read - weight) @ x.T).square().mean()))

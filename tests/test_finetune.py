@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from common import checkpoint
-from common import finetune as finetuning
-from common.diffusion import Schedule
-from common.finetune import BATCH, finetune, sampler_of_digits
+from common.ddpm.schedule import Schedule
+from common.runtime import sealed
+from common.training import finetune as finetuning
+from common.training.finetune import BATCH, finetune, sampler_of_digits
 
 
 class Scale(nn.Module):
@@ -27,7 +27,7 @@ def run(network, start, step, updates, path):
 
 
 def test_a_code_moves_to_where_the_prediction_is_again_that_of_the_network(monkeypatch, tmp_path):
-    monkeypatch.setattr("common.finetune.PEAK_RATE", 0.1)
+    monkeypatch.setattr("common.training.finetune.PEAK_RATE", 0.1)
     network = Scale(0.24)
     latent = run(network, 0.7, 0.1, 150, tmp_path / "state")
     assert round(latent["a"].item() / 0.1) in (2, 3)
@@ -39,13 +39,13 @@ def test_weights_that_lose_nothing_stay(tmp_path):
 
 
 def test_weights_start_in_the_cells_of_their_codes_on_the_side_of_the_networks_own(monkeypatch, tmp_path):
-    monkeypatch.setattr("common.finetune.PEAK_RATE", 0.0)
+    monkeypatch.setattr("common.training.finetune.PEAK_RATE", 0.0)
     latent = [run(Scale(own), 0.7, 0.1, 1, tmp_path / f"{own}")["a"].item() for own in (0.9, 0.73, 0.5)]
     assert latent == pytest.approx([0.745, 0.73, 0.655])
 
 
 def test_a_finetuning_that_was_stopped_ends_in_the_same_weights(monkeypatch, tmp_path):
-    monkeypatch.setattr("common.finetune.SAVE_SECONDS", -1)
+    monkeypatch.setattr("common.training.finetune.SAVE_SECONDS", -1)
     whole = run(Scale(0.24), 0.7, 0.1, 20, tmp_path / "whole")
 
     def stop_at_10(i, updates, rate_factor=finetuning.rate_factor):
@@ -54,15 +54,15 @@ def test_a_finetuning_that_was_stopped_ends_in_the_same_weights(monkeypatch, tmp
         return rate_factor(i, updates)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("common.finetune.rate_factor", stop_at_10)
+        patch.setattr("common.training.finetune.rate_factor", stop_at_10)
         run(Scale(0.24), 0.7, 0.1, 20, tmp_path / "state")
-    assert checkpoint.load(tmp_path / "state", "finetuning")[1]["updates"] == 10
+    assert sealed.load(tmp_path / "state", "finetuning")[1]["updates"] == 10
     assert run(Scale(0.24), 0.7, 0.1, 20, tmp_path / "state") == whole
     assert run(Scale(0.24), 0.7, 0.1, 20, tmp_path / "state") == whole  # from the finished state
 
 
 def test_a_weight_in_another_memory_format_resumes_to_the_same_bytes(monkeypatch, tmp_path):
-    monkeypatch.setattr("common.finetune.SAVE_SECONDS", -1)
+    monkeypatch.setattr("common.training.finetune.SAVE_SECONDS", -1)
     draw = sampler_of_digits(torch.randn(20, 1, 32, 32, generator=torch.Generator().manual_seed(0)), Schedule(), 0)
 
     class Blocks(nn.Sequential):
@@ -96,7 +96,7 @@ def test_a_weight_in_another_memory_format_resumes_to_the_same_bytes(monkeypatch
         moments.extend(optimizer.state[u]["exp_avg"] for u in latent.values() if u.dim() == 4)
         return done
 
-    monkeypatch.setattr("common.finetune._load_state", watched)
+    monkeypatch.setattr("common.training.finetune._load_state", watched)
     resumed = finetuned("stopped")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert len(moments) == 2 and moments[0].is_contiguous(memory_format=torch.channels_last)

@@ -8,14 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import checkpoint, diffusion_fisher, fisher, gradients
-from common.config import UserError, script_parser
-from common.diffusion import Schedule, denoising_loss
-from common.fisher import FisherTable, fisher_information
-from common.gradients import squared_gradients
-from common.model import full_precision
-from common.run import settle
-from common.unet import UNet
+from common.ddpm.schedule import Schedule, denoising_loss
+from common.ddpm.unet import UNet
+from common.errors import UserError
+from common.fisher import gradients, information
+from common.fisher.gradients import squared_gradients
+from common.fisher.information import FisherTable, fisher_information
+from common.formats.packed import full_precision
+from common.options import script_parser
+from common.runtime import sealed
+from common.study import diffusion_fisher
+from common.study.run import settle
 
 
 def one_backward_per_sample(network, loss, samples):
@@ -254,11 +257,11 @@ def test_independent_of_the_chunk(chunk):
 
 
 def test_network_is_left_as_it_was(tiny_network):
-    before = checkpoint.hash_tensors(tiny_network.state_dict())
+    before = sealed.hash_tensors(tiny_network.state_dict())
     frozen = tiny_network.late_conv.bias.requires_grad_(False)
     mean, _ = fisher_information(tiny_network, diffusion_loss, diffusion_samples(2))
     assert mean["late_conv.bias"] > 0
-    assert checkpoint.hash_tensors(tiny_network.state_dict()) == before
+    assert sealed.hash_tensors(tiny_network.state_dict()) == before
     for parameter in tiny_network.parameters():
         assert parameter.grad is None and parameter.requires_grad == (parameter is not frozen)
     assert not any(module._forward_hooks for module in tiny_network.modules())
@@ -299,8 +302,8 @@ def test_table_by_weight_in_the_image():
 
 def test_table_round_trip(tmp_path):
     table = small_table()
-    fisher.save(tmp_path / "f.safetensors", table)
-    loaded = fisher.load(tmp_path / "f.safetensors", table.weights)
+    information.save(tmp_path / "f.safetensors", table)
+    loaded = information.load(tmp_path / "f.safetensors", table.weights)
     assert torch.equal(loaded.values, table.values) and torch.equal(loaded.errors, table.errors)
     for field in ("names", "timesteps", "samples", "settings", "weights", "image_weights"):
         assert getattr(loaded, field) == getattr(table, field)
@@ -308,15 +311,15 @@ def test_table_round_trip(tmp_path):
 
 def test_table_of_other_weights_is_refused(tmp_path):
     path = tmp_path / "f.safetensors"
-    fisher.save(path, small_table("a" * 64))
+    information.save(path, small_table("a" * 64))
     with pytest.raises(UserError) as error:
-        fisher.load(path, "b" * 64)
+        information.load(path, "b" * 64)
     assert str(path) in str(error.value) and "other weights" in str(error.value) and "delete it" in str(error.value)
 
 
 def test_measure_fills_a_row_for_each_timestep():
     network, (x, y) = regression(12)
-    table = fisher.measure(network, squared_loss, {1: (x[:5], y[:5]), 25: (x, y)}, "w" * 64, {}, [1.0])
+    table = information.measure(network, squared_loss, {1: (x[:5], y[:5]), 25: (x, y)}, "w" * 64, {}, [1.0])
     assert (table.names, table.timesteps, table.samples) == (["weight", "bias"], [1, 25], [5, 12])
     for row, n in enumerate((5, 12)):
         mean, error = fisher_information(network, squared_loss, (x[:n], y[:n]))
@@ -336,7 +339,7 @@ def forbid_measuring(monkeypatch):
     def measure(*_):
         raise AssertionError("measured although a fitting table exists")
 
-    monkeypatch.setattr(fisher, "measure", measure)
+    monkeypatch.setattr(information, "measure", measure)
 
 
 def test_fisher_table_is_measured_once_and_reused(run_and_model, monkeypatch):
@@ -383,7 +386,7 @@ def test_fisher_table_belongs_to_its_weights(run_and_model, tiny_config):
 def test_fisher_table_of_other_weights_under_the_expected_name_is_an_error(run_and_model, monkeypatch):
     run, model = run_and_model
     path = run.out / f"fisher-{model.sha256[:12]}.safetensors"
-    fisher.save(path, small_table("b" * 64))
+    information.save(path, small_table("b" * 64))
     content = path.read_bytes()
     forbid_measuring(monkeypatch)
     with pytest.raises(UserError, match="other weights"):
@@ -395,17 +398,17 @@ def test_fisher_table_measures_the_model_at_hand(run_and_model, monkeypatch):
     # Data, true noise and weights reach the loss: the values equal a loop over what was handed to it.
     run, model = run_and_model
     seen = {}
-    measure = fisher.measure
+    measure = information.measure
 
     def spy(network, loss, batches, *rest):
         seen.update(network=network, loss=loss, batches=batches)
         return measure(network, loss, batches, *rest)
 
-    monkeypatch.setattr(fisher, "measure", spy)
+    monkeypatch.setattr(information, "measure", spy)
     table = diffusion_fisher.fisher_table(run, model)
     network, (x0, t, noise) = seen["network"], seen["batches"][1]
     assert not network.training
-    assert checkpoint.hash_tensors(network.state_dict()) == model.sha256
+    assert sealed.hash_tensors(network.state_dict()) == model.sha256
     assert x0.min() == -1 and x0.max() == 1 and t.tolist() == [1] * len(x0)
     assert abs(float(noise.mean())) < 0.1 and abs(float(noise.std()) - 1) < 0.1
     expected = one_backward_per_sample(network, diffusion_loss, (x0, t, noise))

@@ -10,23 +10,25 @@ from pytorch_fid.fid_score import calculate_frechet_distance
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kernel_mmd
 
-from common import checkpoint, metrics
-from common.config import UserError, run_main
-from common.data import load_digits, pad_digits
-from common.features import CLASSIFIER_SHA256, load_features
-from common.metrics import (
+from common.ddpm.digits import load_digits, pad_digits
+from common.errors import UserError, run_main
+from common.metrics import scores
+from common.metrics.features import CLASSIFIER_SHA256, load_features
+from common.metrics.scores import (
     Estimate,
     fid,
     frechet_distance,
     inception_score,
     kid,
-    load_folder,
     load_reference,
     make_reference,
     psnr,
     require_enough,
     symmetric_root,
 )
+from common.runtime import sealed
+from common.study import score_folder
+from common.study.score_folder import load_folder
 
 
 def correlated(n, dimensions, seed, shift=0.0, scale=1.0):
@@ -108,7 +110,7 @@ def test_kid_of_sets_of_different_sizes_by_hand():
     # One dimension, kernel (xy + 1)^3; images 0, 1; digits 0, 1, 2.
     # Within images k(0, 1) = 1; within digits (1 + 1 + 27) / 3; across (1 + 1 + 1 + 1 + 8 + 27) / 6.
     features, real = np.array([[0.0], [1.0]]), np.array([[0.0], [1.0], [2.0]])
-    reference = metrics.Reference(real.mean(0), np.eye(1), np.eye(1), real, kernel_mean=29 / 3)
+    reference = scores.Reference(real.mean(0), np.eye(1), np.eye(1), real, kernel_mean=29 / 3)
     assert kid(features, reference).value == pytest.approx(1 + 29 / 3 - 2 * 39 / 6, rel=1e-12)
 
 
@@ -124,7 +126,7 @@ def test_kid_of_the_same_distribution_is_zero_within_its_error():
 
 
 def test_large_reference_is_sampled_for_kid(monkeypatch):
-    monkeypatch.setattr(metrics, "KID_REFERENCE", 50)
+    monkeypatch.setattr(scores, "KID_REFERENCE", 50)
     real = correlated(200, 4, 1)
     reference = make_reference(real)
     assert reference.sample.shape == (50, 4)
@@ -223,7 +225,7 @@ def test_error_of_fid_agrees_with_its_closed_form():
     # sum_d s_d^2 (4 (m_d - r_d)^2 + 2 (s_d - q_d)^2) / n.
     n, mean, deviation = 100_000, np.array([0.5, 0.0, -0.2]), np.array([1.0, 2.0, 0.5])
     real_mean, real_deviation = np.zeros(3), np.array([1.5, 1.0, 0.5])
-    reference = metrics.Reference(real_mean, np.diag(real_deviation**2), np.diag(real_deviation), np.zeros((1, 3)), 0.0)
+    reference = scores.Reference(real_mean, np.diag(real_deviation**2), np.diag(real_deviation), np.zeros((1, 3)), 0.0)
     features = mean + deviation * np.random.default_rng(6).normal(size=(n, 3))
     terms = deviation**2 * (4 * (mean - real_mean) ** 2 + 2 * (deviation - real_deviation) ** 2)
     assert fid(features, reference).error == pytest.approx(np.sqrt(terms.sum() / n), rel=0.02)
@@ -342,13 +344,13 @@ def test_altered_reference_is_refused(tmp_path, digits):
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
-    with pytest.raises(checkpoint.CheckpointError, match="altered"):
+    with pytest.raises(sealed.CheckpointError, match="altered"):
         load_reference(digits, FourFeatures(), tmp_path)
 
 
 def test_extract_keeps_the_order_over_chunks(monkeypatch, digits):
-    monkeypatch.setattr(metrics, "CHUNK", 7)
-    features, probabilities = metrics.extract(digits, FourFeatures())
+    monkeypatch.setattr(scores, "CHUNK", 7)
+    features, probabilities = scores.extract(digits, FourFeatures())
     np.testing.assert_array_equal(features, FourFeatures().extract(digits)[0].numpy())
     assert probabilities.shape == (60, 4)
 
@@ -363,7 +365,7 @@ def test_require_enough_says_how_many():
 def test_score_of_too_few_images_is_refused(digits):
     reference = make_reference(FourFeatures().extract(digits)[0].numpy())
     with pytest.raises(UserError, match="at least 5"):
-        metrics.score(digits[:4], FourFeatures(), reference)
+        scores.score(digits[:4], FourFeatures(), reference)
 
 
 def save(path, pixels):
@@ -422,18 +424,18 @@ def test_file_that_is_no_image_is_refused(tmp_path, kind):
 
 def run_metrics(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["metrics.py", *map(str, arguments)])
-    run_main(metrics.main)
+    run_main(score_folder.main)
 
 
 def test_main_scores_a_folder(tmp_path, monkeypatch, capsys):
     real, test = load_digits("mnist5k", "train")[::8], load_digits("mnist5k", "test")[::3]
-    monkeypatch.setattr("common.data.load_digits", lambda data, split, data_dir: {"train": real}[split])
+    monkeypatch.setattr("common.ddpm.digits.load_digits", lambda data, split, data_dir: {"train": real}[split])
     for i, pixels in enumerate(test):
         save(tmp_path / f"{i:03d}.png", pixels[2:30, 2:30])
     run_metrics(monkeypatch, tmp_path, "--device", "cpu")
     printed = capsys.readouterr().out
     network = load_features("mnist", torch.device("cpu"))
-    a, b = (metrics.extract(images, network)[0] for images in (test, real))
+    a, b = (scores.extract(images, network)[0] for images in (test, real))
     expected = calculate_frechet_distance(*moments(a), *moments(b))
     assert f"FID {expected:.3f} ± " in printed
     assert f"334 images against 500 digits of mnist5k; mnist features {CLASSIFIER_SHA256[:8]}" in printed

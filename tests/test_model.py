@@ -7,13 +7,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from common import checkpoint
-from common.checkpoint import CheckpointError
-from common.config import FORMATS, UNetConfig, UserError
-from common.diffusion import NoiseStreams, Schedule, sample
-from common.layers import is_norm, layer_weights
-from common.model import MIB, full_precision, load_model, save_model, size_mib, tensor_shapes
-from common.quantization import fake_quantize
+from common.choose.layers import is_norm, layer_weights
+from common.ddpm.noise import NoiseStreams
+from common.ddpm.samplers import sample
+from common.ddpm.schedule import Schedule
+from common.errors import UserError
+from common.formats.numbers import fake_quantize
+from common.formats.packed import MIB, full_precision, load_model, save_model, size_mib, tensor_shapes
+from common.presets import FORMATS, UNetConfig
+from common.runtime import sealed
+from common.runtime.sealed import CheckpointError
 
 # As many values as a real run keeps, since the header holds them.
 ABOUT = {"label": "Baseline (FP32)", "preset": "quick", "loss_curve": [0.123456] * 220}
@@ -80,7 +83,7 @@ def test_a_saved_model_is_loaded_bit_for_bit(quantize, tmp_path, fmt):
     assert loaded.sha256 == model.sha256
 
     # Size in the table: the bytes of the tensors, by shapes and as stored; the file adds its header.
-    tensors = checkpoint.load(path, "model")[0]
+    tensors = sealed.load(path, "model")[0]
     assert model.size_mib() * MIB == sum(tensor.nbytes for tensor in tensors.values())
     assert model.size_mib() == size_mib(model.config, model.formats)
     assert (
@@ -175,9 +178,9 @@ def test_fp16_that_overflows_is_refused(baseline):
 def test_weights_that_do_not_fit_their_hash_are_refused(baseline, tmp_path):
     path = tmp_path / "model.safetensors"
     save_model(path, baseline)
-    tensors, metadata = checkpoint.load(path, "model")
+    tensors, metadata = sealed.load(path, "model")
     tensors["output_conv.bias"] += 1
-    checkpoint.save(path, "model", tensors, metadata)
+    sealed.save(path, "model", tensors, metadata)
     with pytest.raises(CheckpointError, match="do not fit their hash"):
         load_model(path)
 
@@ -193,7 +196,7 @@ def test_any_byte_of_a_weight_changed_is_refused(quantize, tmp_path):
 
 
 def test_a_file_of_another_kind_is_no_model(tmp_path):
-    checkpoint.save(tmp_path / "file", "images", {"images": torch.zeros(1)}, {})
+    sealed.save(tmp_path / "file", "images", {"images": torch.zeros(1)}, {})
     with pytest.raises(CheckpointError, match="not a model file"):
         load_model(tmp_path / "file")
 
@@ -201,7 +204,7 @@ def test_a_file_of_another_kind_is_no_model(tmp_path):
 def test_the_file_tells_what_a_sampler_needs(baseline, tmp_path):
     path = tmp_path / "model.safetensors"
     save_model(path, replace(baseline, config=replace(baseline.config, dropout=0.25)))
-    _, metadata = checkpoint.load(path, "model")
+    _, metadata = sealed.load(path, "model")
     assert metadata["data_range"] == [-1.0, 1.0]
     assert metadata["formats"] == dict.fromkeys(baseline.state, "fp32")
     assert load_model(path).config == replace(baseline.config, dropout=0.25)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.muon import Muon, orthogonalize
+from common.training.muon import Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (5, 40), (40, 5), (1, 9), (9, 1)])

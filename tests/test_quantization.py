@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from common.config import FORMATS, UserError
-from common.quantization import (
+from common.errors import UserError
+from common.formats.numbers import (
     bits,
     channel_axes,
     fake_quantize,
@@ -19,6 +19,7 @@ from common.quantization import (
     unpack,
     unpack_codes,
 )
+from common.presets import FORMATS
 
 INTEGERS = [fmt for fmt in FORMATS if fmt.startswith("int")]
 # Numbers of entries that are no multiple of eight, so that streams end inside a byte.

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import experiment, figures, report
-from common.config import UserError
-from common.layers import layer_weights
-from common.model import load_model
-from common.sampling import load_images
+from common.choose.layers import layer_weights
+from common.ddpm.sampling import load_images
+from common.errors import UserError
+from common.formats.packed import load_model
+from common.study import figures, pipeline, report
 
 STRATEGIES = {
     "whole_threshold": (["--threshold", "0.01", "0.1", "1"], ["Threshold 0.01", "Threshold 0.1", "Threshold 1"]),
@@ -136,7 +136,7 @@ def test_learning_curve_scores_what_training_kept(call, real, trained, monkeypat
     assert load_model(Path("checkpoints/quick.safetensors")).sha256 == before
     kept = {seen: load_model(Path(f"checkpoints/quick.after-{seen}.safetensors")) for seen in (5 * batch, 10 * batch)}
     assert len(list(Path("checkpoints").iterdir())) == 3
-    printed = call("common.learning_curve")
+    printed = call("common.study.learning_curve")
     labels = ["FP32 after 40 digits", "FP32 after 80 digits"]
     assert list(table_of(printed)) == [real, "Baseline (FP32)", *labels]
     points = [row_of(label) for label in labels] + [row_of("Baseline (FP32)")]
@@ -151,12 +151,12 @@ def test_learning_curve_scores_what_training_kept(call, real, trained, monkeypat
     call("simplediffusion", "--checkpoint", "short.safetensors", "--retrain", "--training-steps", "3")
     shutil.copy("short.safetensors", "checkpoints/quick.after-24.safetensors")
     with pytest.raises(UserError, match=r"after-24\.safetensors is of another training"):
-        call("common.learning_curve")
+        call("common.study.learning_curve")
 
 
 def test_one_step_lies_in_the_last_quarter_of_the_timesteps(call, trained):
     """A single step of sampling starts at timestep 999: what is quantized there is quantized, elsewhere nothing is."""
-    printed = call("common.timesteps", "--format", "int2", "--sampler", "ddim", "--steps", "1")
+    printed = call("common.study.timesteps", "--format", "int2", "--sampler", "ddim", "--steps", "1")
     labels = [f"INT2 at timesteps {first}..{first + 249} alone" for first in (0, 250, 500, 750)]
     assert list(table_of(printed)) == ["Baseline (FP32)", *labels]
     for label in labels[:3]:
@@ -174,10 +174,10 @@ def test_settings_that_differ_in_sign_have_files_of_their_own(call, trained):
 
 
 def test_rows_of_samplers_leave_the_report_whole(call, trained, monkeypatch, capsys):
-    def measure_fast(run, bench, model, measure=experiment.measure):
+    def measure_fast(run, bench, model, measure=pipeline.measure):
         return measure(replace(run, sampling=replace(run.sampling, sampler="ddim", steps=2)), bench, model)
 
-    monkeypatch.setattr("common.experiment.measure", measure_fast)
+    monkeypatch.setattr("common.study.pipeline.measure", measure_fast)
     before = row_of("Baseline (FP32)")
     printed = call("benchmarks.samplers", "--ddim", "2", "3", "--dpm", "2")
     assert [line.split(",")[0] for line in printed.splitlines() if "eta 1" in line][-4:] == [
@@ -212,7 +212,7 @@ def test_peers_have_rows_or_a_line_of_what_they_cannot(call, trained, monkeypatc
 
 
 def test_sensitivity_tables_are_rebuilt_by_the_report(call, trained, monkeypatch, capsys):
-    printed = call("common.sensitivity", "--digits", "4", "--formats", "int4", "int2")
+    printed = call("common.study.sensitivity", "--digits", "4", "--formats", "int4", "int2")
     monkeypatch.setattr(sys, "argv", ["report", "--preset", "quick", "--sensitivity"])
     report.main()
     tables = capsys.readouterr().out.rstrip()
@@ -348,8 +348,8 @@ def test_batch_size_moves_no_figure(call, trained):
 def test_precision_and_fisher_of_all_timesteps_are_said(call, trained, monkeypatch):
     # bfloat16 is not run but asked for: processors without it are many times slower.
     asked = []
-    monkeypatch.setattr("common.sampling.autocast", lambda _, precision: asked.append(precision) or nullcontext())
-    monkeypatch.setattr("common.sampling.cast_weights", lambda _, precision: asked.append(precision))
+    monkeypatch.setattr("common.ddpm.sampling.autocast", lambda _, precision: asked.append(precision) or nullcontext())
+    monkeypatch.setattr("common.ddpm.sampling.cast_weights", lambda _, precision: asked.append(precision))
     said = ("--precision", "bf16", "--fisher-timestep", "all")
     printed = call("whole_threshold", "--threshold", "0.1", "--steps", "1", *said)
     assert asked and set(asked) == {"bf16"}
@@ -361,7 +361,7 @@ def test_precision_and_fisher_of_all_timesteps_are_said(call, trained, monkeypat
 
 def test_results_are_strict_json_even_where_psnr_is_infinite(call, trained, monkeypatch):
     # As it is where the weights differ too little for any pixel to change. JSON knows no infinity.
-    monkeypatch.setattr(experiment, "psnr", lambda *_: (math.inf, 0.0))
+    monkeypatch.setattr(pipeline, "psnr", lambda *_: (math.inf, 0.0))
     call("whole_threshold", "--threshold", "0", "1")
 
     def refuse(name):
@@ -427,7 +427,7 @@ def test_report_keeps_settings_apart(call, trained, monkeypatch, capsys):
 
 
 def test_dry_run_of_the_published_size(call, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("common.run.cost_estimate", lambda run: "cost")  # times the network, which takes seconds
+    monkeypatch.setattr("common.study.run.cost_estimate", lambda run: "cost")  # times the network, which takes seconds
     monkeypatch.setattr(sys, "argv", ["simplediffusion.py", "--preset", "paper", "--device", "cpu", "--dry-run"])
     importlib.import_module("simplediffusion").main()
     printed = capsys.readouterr().out
@@ -445,8 +445,8 @@ def test_dry_run_writes_nothing(call, tmp_path, script):
 
 def test_too_few_test_digits_for_the_features_leave_their_row_out(call, trained, monkeypatch):
     """As with Inception's 2,048 features and the 1,000 test digits of mnist5k."""
-    load = experiment.load_digits
-    monkeypatch.setattr(experiment, "load_digits", lambda *which: load(*which)[: 250 if which[1] == "test" else None])
+    load = pipeline.load_digits
+    monkeypatch.setattr(pipeline, "load_digits", lambda *which: load(*which)[: 250 if which[1] == "test" else None])
     printed = call("simplediffusion")
     assert "250 test digits in mnist5k are too few" in printed and "--data mnist" in printed
     assert "Real test digits" not in printed and "Baseline (FP32)" in printed

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from common import sensitivity
-from common.config import UserError
-from common.diffusion import Schedule, denoising_loss
-from common.layers import layer_weights
-from common.model import full_precision
-from common.sensitivity import Increases
+from common.choose.layers import layer_weights
+from common.ddpm.schedule import Schedule, denoising_loss
+from common.errors import UserError
+from common.formats.packed import full_precision
+from common.study import sensitivity
+from common.study.sensitivity import Increases
 
 
 def test_each_tensor_is_quantized_alone_and_put_back(tiny_network):

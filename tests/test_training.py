@@ -7,11 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from common import checkpoint, training
-from common.checkpoint import CheckpointError
-from common.config import TrainingConfig
-from common.training import EpochOrder, TrainingError, ema_decay, learning_rate_factor, stratified, train
-from common.unet import UNet
+from common.ddpm.unet import UNet
+from common.presets import TrainingConfig
+from common.runtime import sealed
+from common.runtime.sealed import CheckpointError
+from common.training import loop
+from common.training.loop import EpochOrder, TrainingError, ema_decay, learning_rate_factor, stratified, train
 
 CONFIG = TrainingConfig(
     data="mnist5k", batch_size=4, steps=8, lr=1e-3, muon_lr=1e-3, warmup_steps=2, ema=0.9, image_share=0.5, seed=3
@@ -173,8 +174,8 @@ def test_a_stopped_run_ends_in_the_same_bytes(run, tiny_config, tmp_path, monkey
     network = replace(tiny_config, dropout=dropout)
     whole, whole_losses = run(network=network, state=tmp_path / "whole")
 
-    monkeypatch.setattr(training, "SAVE_SECONDS", -1)
-    state, loss = tmp_path / "stopped", training.denoising_loss
+    monkeypatch.setattr(loop, "SAVE_SECONDS", -1)
+    state, loss = tmp_path / "stopped", loop.denoising_loss
     done = 0
     for stop in stops:
         calls = []
@@ -185,12 +186,12 @@ def test_a_stopped_run_ends_in_the_same_bytes(run, tiny_config, tmp_path, monkey
             calls.append(1)
             return loss(*arguments)
 
-        monkeypatch.setattr(training, "denoising_loss", stopping)
+        monkeypatch.setattr(loop, "denoising_loss", stopping)
         with pytest.raises(Stopped):
             run(network=network, state=state)
         assert len(calls) == stop - done  # it went on from where it was, and repeated nothing
         done = stop
-    monkeypatch.setattr(training, "denoising_loss", loss)
+    monkeypatch.setattr(loop, "denoising_loss", loss)
     resumed, losses = run(network=network, state=state)
     assert equal(whole, resumed)
     assert losses == whole_losses
@@ -199,20 +200,20 @@ def test_a_stopped_run_ends_in_the_same_bytes(run, tiny_config, tmp_path, monkey
 
 def test_a_state_older_than_the_stop_repeats_the_steps_between(run, tmp_path, monkeypatch):
     whole, whole_losses = run(state=tmp_path / "whole")
-    state, loss, calls = tmp_path / "stopped", training.denoising_loss, []
+    state, loss, calls = tmp_path / "stopped", loop.denoising_loss, []
 
     def stopping(*arguments):
         if len(calls) == 6:
             raise Stopped
         calls.append(1)
-        monkeypatch.setattr(training, "SAVE_SECONDS", -1 if len(calls) == 3 else 60)
+        monkeypatch.setattr(loop, "SAVE_SECONDS", -1 if len(calls) == 3 else 60)
         return loss(*arguments)
 
-    monkeypatch.setattr(training, "denoising_loss", stopping)
+    monkeypatch.setattr(loop, "denoising_loss", stopping)
     with pytest.raises(Stopped):
         run(state=state)
-    assert checkpoint.load(state, "training")[1]["step"] == 3
-    monkeypatch.setattr(training, "denoising_loss", loss)
+    assert sealed.load(state, "training")[1]["step"] == 3
+    monkeypatch.setattr(loop, "denoising_loss", loss)
     resumed, losses = run(state=state)
     assert equal(whole, resumed)
     assert losses == whole_losses
@@ -221,7 +222,7 @@ def test_a_state_older_than_the_stop_repeats_the_steps_between(run, tmp_path, mo
 def test_a_finished_state_gives_its_weights_without_a_step(run, tmp_path, monkeypatch):
     """Where a process ended between the last step and the checkpoint."""
     whole, losses = run()
-    monkeypatch.setattr(training, "denoising_loss", None)
+    monkeypatch.setattr(loop, "denoising_loss", None)
     again, losses_again = run()
     assert equal(whole, again)
     assert losses == losses_again
@@ -229,30 +230,30 @@ def test_a_finished_state_gives_its_weights_without_a_step(run, tmp_path, monkey
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(run, tmp_path, monkeypatch, value):
-    monkeypatch.setattr(training, "SAVE_SECONDS", -1)
-    loss, calls = training.denoising_loss, []
+    monkeypatch.setattr(loop, "SAVE_SECONDS", -1)
+    loss, calls = loop.denoising_loss, []
 
     def spoiled(*arguments):
         calls.append(1)
         return loss(*arguments) * (value if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(training, "denoising_loss", spoiled)
+    monkeypatch.setattr(loop, "denoising_loss", spoiled)
     with pytest.raises(TrainingError, match="not finite at step 3"):
         run()
-    tensors, metadata = checkpoint.load(tmp_path / "state.safetensors", "training")
+    tensors, metadata = sealed.load(tmp_path / "state.safetensors", "training")
     assert metadata["step"] == 3
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 def test_a_loss_that_is_not_finite_is_found_at_the_next_saving(run, tmp_path, monkeypatch):
     """Between savings nobody looks; no state and no weights come of it, and the message names the first bad step."""
-    loss, calls = training.denoising_loss, []
+    loss, calls = loop.denoising_loss, []
 
     def spoiled(*arguments):
         calls.append(1)
         return loss(*arguments) * (math.nan if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(training, "denoising_loss", spoiled)
+    monkeypatch.setattr(loop, "denoising_loss", spoiled)
     with pytest.raises(TrainingError, match="not finite at step 2"):
         run()
     assert list(tmp_path.iterdir()) == []

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.config import UNetConfig
-from common.device import autocast, cast_weights
-from common.unet import UNet, attend, from_published, load_tensors, sinusoidal_embedding
+from common.ddpm.unet import UNet, attend, from_published, load_tensors, sinusoidal_embedding
+from common.presets import UNetConfig
+from common.runtime.device import autocast, cast_weights
 
 PAPER_CHANNELS = (64, 128, 256, 512, 512, 384)
 ATTENTION_LAYERS = (2, 6)

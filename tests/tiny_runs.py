@@ -10,7 +10,7 @@ from pathlib import Path
 
 # New processes come from a server that has torch loaded and has run nothing, so that starting one takes no time.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch", "torch._dynamo", "torch._refs", "common.experiment"])
+PROCESSES.set_forkserver_preload(["torch", "torch._dynamo", "torch._refs", "common.study.pipeline"])
 
 STEPS = 12
 
@@ -19,8 +19,11 @@ def run_script(folder: str, network, arguments: tuple[str, ...], die_at_write: i
     """simplediffusion.py in `folder`, on a preset of a few seconds; killed in the middle of its n-th write."""
     os.environ.update(environment)
     import simplediffusion
-    from common import checkpoint, experiment, run, training
-    from common.config import PRESETS, run_main
+    from common.errors import run_main
+    from common.presets import PRESETS
+    from common.runtime import sealed
+    from common.study import pipeline, run
+    from common.training import loop
 
     os.chdir(folder)
     PRESETS["quick"] = replace(
@@ -35,9 +38,9 @@ def run_script(folder: str, network, arguments: tuple[str, ...], die_at_write: i
         fisher_grid_digits=1,
     )
     run.CHECKPOINTS = Path("checkpoints")
-    load_digits = experiment.load_digits
-    experiment.load_digits = lambda *which: load_digits(*which)[:500]  # so that their features take no time
-    training.SAVE_SECONDS = -1  # after every step
+    load_digits = pipeline.load_digits
+    pipeline.load_digits = lambda *which: load_digits(*which)[:500]  # so that their features take no time
+    loop.SAVE_SECONDS = -1  # after every step
     writes, fsync = [], os.fsync
 
     def dying_fsync(descriptor):
@@ -47,7 +50,7 @@ def run_script(folder: str, network, arguments: tuple[str, ...], die_at_write: i
             os.kill(os.getpid(), signal.SIGKILL)
         fsync(descriptor)
 
-    checkpoint.os.fsync = dying_fsync
+    sealed.os.fsync = dying_fsync
     sys.argv = ["simplediffusion.py", "--preset", "quick", "--device", "cpu", "--batch-size", "100", *arguments]
     with (
         open(f"stdout{environment.get('RANK', '')}.txt", "w") as out,

@@ -1,0 +1,182 @@
+"""Formats and steps that fit a size: the smallest Fisher-weighted squared error at a given number of bytes.
+
+To second order the loss of storing w + dw in place of w is half the sum of F dw^2, with F the Fisher information of
+each entry (LeCun et al. 1990, "Optimal Brain Damage", eq. 4, with the empirical Fisher for the Hessian).
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from scipy import optimize, sparse
+
+from common.choose import rounding
+from common.choose.feedback import Feedback
+from common.formats import entropy
+from common.formats.numbers import fake_quantize, stored_bytes
+
+WIDTHS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp16", "fp32")
+
+
+class BudgetError(ValueError):
+    """A size that cannot be reached; `smallest` is the number of bytes that can, and `formats` those that reach it."""
+
+    def __init__(self, smallest: int, formats: dict[str, str] | None = None):
+        super().__init__(f"the smallest possible is {smallest} bytes")
+        self.smallest, self.formats = smallest, formats
+
+
+def cheapest_formats(
+    distortion: dict[str, dict[str, float]], sizes: dict[str, dict[str, int]], budget: int
+) -> dict[str, str]:
+    """The format of each tensor with the least total distortion in at most `budget` bytes, exactly.
+
+    distortion, sizes: {tensor: {format: weighted squared error, or bytes}}. One binary variable for each choice, solved
+    as a mixed-integer linear program (HiGHS). Raises BudgetError where no choice fits.
+    """
+    chosen = {name: min(formats, key=formats.get) for name, formats in sizes.items()}
+    smallest = sum(sizes[name][fmt] for name, fmt in chosen.items())
+    if smallest > budget:
+        raise BudgetError(smallest, chosen)
+    total = sum(distortion[name][fmt] for name, fmt in chosen.items())
+    while total > 0:
+        # The solver's tolerance is absolute, so distortions are put in units of the best total yet, which no single
+        # one of the best choice can pass.
+        within = {n: {f: d / total for f, d in formats.items() if d <= total} for n, formats in distortion.items()}
+        chosen = _solve(within, sizes, budget)
+        before, total = total, sum(distortion[name][fmt] for name, fmt in chosen.items())
+        if total > before * (1 - 1e-6):
+            break
+    return chosen
+
+
+def _solve(distortion, sizes, budget) -> dict[str, str]:
+    choices = [(name, fmt) for name, formats in distortion.items() for fmt in formats]
+    rows = {name: row for row, name in enumerate(distortion)}
+    one_each = sparse.csr_array(
+        (np.ones(len(choices)), ([rows[name] for name, _ in choices], np.arange(len(choices)))),
+        shape=(len(rows), len(choices)),
+    )
+    result = optimize.milp(
+        np.array([distortion[name][fmt] for name, fmt in choices]),
+        integrality=np.ones(len(choices)),
+        bounds=optimize.Bounds(0, 1),
+        constraints=[
+            optimize.LinearConstraint(one_each, 1, 1),
+            optimize.LinearConstraint(np.array([[sizes[name][fmt] for name, fmt in choices]]), 0, budget),
+        ],
+        options={"mip_rel_gap": 1e-6},
+    )
+    if result.x is None:
+        raise RuntimeError(f"the solver gave up: {result.message}")
+    return dict(choice for choice, taken in zip(choices, result.x, strict=True) if taken > 0.5)
+
+
+def fixed_formats(
+    weights: dict[str, torch.Tensor], axes: dict[str, int], values: dict[str, float], budget: int
+) -> dict[str, str]:
+    """The formats of FP32 `weights` with the least Fisher-weighted squared error in at most `budget` bytes.
+
+    axes: the output-channel axis of each weight; values: its Fisher value. 1-D tensors take fp16 or fp32. Raises
+    BudgetError.
+    """
+    distortion, sizes = {}, {}
+    for name, weight in weights.items():
+        formats = WIDTHS if weight.dim() > 1 else WIDTHS[-2:]
+        sizes[name] = {fmt: stored_bytes(weight.shape, fmt, axes[name]) for fmt in formats}
+        distortion[name] = {
+            fmt: values[name] * float((fake_quantize(weight, fmt, axes[name]) - weight).double().square().sum())
+            for fmt in formats
+        }
+    return cheapest_formats(distortion, sizes, budget)
+
+
+def entropy_coded(
+    weights: dict[str, torch.Tensor],
+    values: dict[str, float],
+    size: Callable[[dict[str, torch.Tensor]], int],
+    budget: int,
+    feedback: dict[str, Feedback] | None = None,
+) -> dict[str, torch.Tensor]:
+    """`rounding.encode` of FP32 `weights` with steps by their Fisher `values`, in at most `budget` bytes.
+
+    size: the bytes of what is stored; feedback: of the weights that are rounded by it. At high resolution the least sum
+    of F step^2 / 12 for its entropy has steps proportional to 1 / sqrt(F), so one factor remains to be found. Tensors
+    of value zero, which the loss does not reach, become zero. Raises BudgetError.
+    """
+    largest = {name: max(1e-30, float(weight.abs().max())) for name, weight in weights.items()}
+
+    def encode(factor: float, feedback: dict[str, Feedback] | None) -> dict[str, torch.Tensor]:
+        steps = {}
+        for name, w in largest.items():
+            finest, all_zero = 1.01 * w / entropy.LARGEST_CODE, 3 * w
+            step = factor / values[name] ** 0.5 if values[name] > 0 else all_zero
+            steps[name] = min(max(step, finest), all_zero)
+        return rounding.encode(weights, steps, feedback)
+
+    coarsest = max(3 * w * values[name] ** 0.5 for name, w in largest.items())  # from here on every code is zero
+    best = encode(coarsest, None)
+    if (smallest := size(best)) > budget:
+        raise BudgetError(smallest)
+
+    factor, found = _finest(lambda f: encode(f, None), size, budget, coarsest * 1e-9, coarsest, 1e-4)
+    best = found or best
+    if feedback:  # a little longer or shorter than entry by entry
+        _, found = _finest(lambda f: encode(f, feedback), size, budget, factor / 1.2, factor * 1.2, 1e-3)
+        best = found or best
+    return best
+
+
+def fill(
+    weights: dict[str, torch.Tensor],
+    steps: dict[str, float],
+    size: Callable[[dict[str, torch.Tensor]], int],
+    budget: int,
+) -> dict[str, torch.Tensor]:
+    """`rounding.encode` of `weights` with these steps at the lowest price of a bit that keeps to `budget` bytes.
+
+    Raises BudgetError where no price does.
+    """
+    best = rounding.encode(weights, steps, price=0.0)
+    if size(best) <= budget:
+        return best
+    highest = 1e3
+    best = rounding.encode(weights, steps, price=highest)
+    if (smallest := size(best)) > budget:
+        raise BudgetError(smallest)
+    _, found = _finest(lambda p: rounding.encode(weights, steps, price=p), size, budget, 1e-3, highest, 0.01)
+    return found or best
+
+
+def _finest(
+    encode: Callable[[float], dict[str, torch.Tensor]],
+    size: Callable[[dict[str, torch.Tensor]], int],
+    budget: int,
+    low: float,
+    high: float,
+    tolerance: float,
+) -> tuple[float, dict[str, torch.Tensor] | None]:
+    """The smallest argument of `encode` in low..high, to within a factor of 1 + `tolerance`, whose size fits, and what
+    it gave; None where nothing below `high` fits."""
+    best = None
+    while high / low > 1 + tolerance:
+        middle = (low * high) ** 0.5
+        stored = encode(middle)
+        if size(stored) <= budget:
+            high, best = middle, stored
+        else:
+            low = middle
+    return high, best
+
+
+def shrink(values: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
+    """Fisher values (T,) with standard errors (T,), pulled toward their geometric mean where they are uncertain.
+
+    The posterior mean of log F for a normal prior whose mean and variance are those of all tensors' log F, less the
+    variance that the errors explain (empirical Bayes; Efron & Morris 1975). A value of zero counts as the least other.
+    """
+    positive = values[values > 0]
+    relative = torch.where(values > 0, errors / values.clamp(min=1e-300), torch.ones_like(values))
+    logs, variance = values.clamp(min=positive.min()).log(), relative.square()
+    prior = (logs.var() - variance.mean()).clamp(min=1e-12)
+    return (logs.mean() + (logs - logs.mean()) * prior / (prior + variance)).exp()

@@ -1,0 +1,21 @@
+"""Noise of which image i has its own, whatever the batch, the processes or the device."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+class NoiseStreams:
+    """One stream of standard normal noise for each image: image i depends on (seed, i) alone.
+
+    Philox is a counter-based generator keyed by (seed, i), and numpy's is the same on every machine and device.
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int]):
+        self._streams = [np.random.Generator(np.random.Philox(key=[seed, i])) for i in indices]
+
+    def draw(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The next noise of each image, (N, 1, 32, 32)."""
+        noise = np.stack([stream.standard_normal((1, 32, 32), dtype=np.float32) for stream in self._streams])
+        return torch.from_numpy(noise).to(device)

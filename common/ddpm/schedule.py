@@ -1,0 +1,108 @@
+"""The DDPM: noise schedule, the steps back along it, and the training loss."""
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class Schedule:
+    """Linear beta from 1e-4 to 0.02 (Ho et al. 2020, section 4). Timesteps are 0..T-1; 0 holds the least noise."""
+
+    def __init__(self, timesteps: int = 1000):
+        self.timesteps = timesteps
+        self.betas = np.linspace(1e-4, 0.02, timesteps)  # float64; the products below lose digits in float32
+        self.alphas_cumprod = np.cumprod(1 - self.betas)
+
+    def add_noise(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, eq. 4); x0, noise (N, ...), t (N,)."""
+        abar = torch.from_numpy(self.alphas_cumprod).to(x0.device)[t].view(-1, *[1] * (x0.dim() - 1))
+        return abar.sqrt().to(x0.dtype) * x0 + (1 - abar).sqrt().to(x0.dtype) * noise
+
+    def predict_x0(self, x: torch.Tensor, eps: torch.Tensor, t: int) -> torch.Tensor:
+        """x_0 that x_t and the predicted noise imply, clipped to the range of the data."""
+        abar = self.alphas_cumprod[t]
+        return ((x - float(np.sqrt(1 - abar)) * eps) / float(np.sqrt(abar))).clamp_(-1, 1)
+
+    def ddpm_step(self, x: torch.Tensor, eps: torch.Tensor, t: int, noise: torch.Tensor) -> torch.Tensor:
+        """x_{t-1} of the ancestral sampler with the posterior variance (Ho et al. 2020, eq. 7); no noise at t = 0."""
+        abar, beta = self.alphas_cumprod[t], self.betas[t]
+        abar_prev = self.alphas_cumprod[t - 1] if t > 0 else 1.0
+        x0_weight = np.sqrt(abar_prev) * beta / (1 - abar)
+        x_weight = np.sqrt(1 - beta) * (1 - abar_prev) / (1 - abar)
+        sigma = np.sqrt(beta * (1 - abar_prev) / (1 - abar))
+        return float(x0_weight) * self.predict_x0(x, eps, t) + float(x_weight) * x + float(sigma) * noise
+
+    def ddim_step(
+        self, x: torch.Tensor, eps: torch.Tensor, t: int, t_next: int, eta: float, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """x at the earlier timestep `t_next` (-1: the finished image; Song et al. 2021, eq. 12 and 16).
+
+        eta: 0 is deterministic, 1 adds as much fresh `noise` as the ancestral sampler would. The noise already in x is
+        taken anew from the clipped x_0: with the predicted one some images drift to white.
+        """
+        abar, abar_next = self.alphas_cumprod[t], self.alphas_cumprod[t_next] if t_next >= 0 else 1.0
+        x0 = self.predict_x0(x, eps, t)
+        own_noise = (x - float(np.sqrt(abar)) * x0) / float(np.sqrt(1 - abar))
+        variance = eta**2 * (1 - abar_next) / (1 - abar) * (1 - abar / abar_next)
+        x_next = float(np.sqrt(abar_next)) * x0 + float(np.sqrt(1 - abar_next - variance)) * own_noise
+        return x_next + float(np.sqrt(variance)) * noise
+
+    def dpm_step(
+        self,
+        x: torch.Tensor,
+        x0: torch.Tensor,
+        before: tuple[int, torch.Tensor] | None,
+        t: int,
+        t_next: int,
+        noise: torch.Tensor,
+    ) -> torch.Tensor:
+        """x at `t_next` (-1: the finished image) by the stochastic second-order multistep DPM-Solver++ (Lu et al. 2022,
+        arXiv:2211.01095, appendix A, "SDE-DPM-Solver++(2M)").
+
+        x0: the digit predicted at t; before: timestep and prediction of the step before, from which x0 is
+        extrapolated; the first step has none and is DDIM's with eta 1, as is the last.
+        """
+        if t_next < 0:
+            return x0
+        abar, abar_next = self.alphas_cumprod[t], self.alphas_cumprod[t_next]
+        h = self._half_log_snr(t_next) - self._half_log_snr(t)
+        if before is not None:
+            t_before, x0_before = before
+            ratio = h / (self._half_log_snr(t) - self._half_log_snr(t_before))
+            x0 = x0 + (x0 - x0_before) * float(ratio / 2)
+        x_weight = np.sqrt((1 - abar_next) / (1 - abar)) * np.exp(-h)
+        new = -np.expm1(-2 * h)  # share of the variance that is drawn anew
+        return (
+            float(x_weight) * x + float(np.sqrt(abar_next) * new) * x0 + float(np.sqrt((1 - abar_next) * new)) * noise
+        )
+
+    def _half_log_snr(self, t: int) -> float:
+        return 0.5 * np.log(self.alphas_cumprod[t] / (1 - self.alphas_cumprod[t]))
+
+    def image_weights(self, timesteps: list[int]) -> list[float]:
+        """How much a squared error of the predicted noise at each timestep weighs in the finished image.
+
+        abar (1 - abar): an error e moves the predicted x_0 by s e, with s^2 = (1 - abar) / abar, and of that the later
+        steps keep the share of the signal in x_t, 1 / (1 + s^2) = abar in amplitude; s^2 abar^2 is the weight.
+        """
+        abar = self.alphas_cumprod[timesteps]
+        return (abar * (1 - abar)).tolist()
+
+    def timesteps_at(self, places: torch.Tensor, image_share: float = 1.0) -> torch.Tensor:
+        """Quantiles of the timesteps, (N,) int64, at `places` (N,) of 0..1.
+
+        A share `image_share` of the timesteps lies as densely as `image_weights`, the rest evenly over 0..T-1.
+        """
+        weights = np.array(self.image_weights(list(range(self.timesteps))))
+        density = image_share * weights / weights.sum() + (1 - image_share) / self.timesteps
+        share = torch.from_numpy(np.cumsum(density)).to(places.device)
+        return torch.searchsorted(share, places.double()).clamp_(max=self.timesteps - 1)
+
+    def spaced_timesteps(self, steps: int) -> list[int]:
+        """`steps` timesteps from T-1 down, evenly spaced ("trailing", Lin et al. 2024, table 2)."""
+        return [round(self.timesteps - i * self.timesteps / steps) - 1 for i in range(steps)]
+
+
+def denoising_loss(network: nn.Module, schedule: Schedule, x0, t, noise) -> torch.Tensor:
+    """(N,): mean squared error between the true and the predicted noise of each image (Ho et al. 2020, eq. 14)."""
+    return (network(schedule.add_noise(x0, t, noise), t) - noise).float().square().flatten(1).mean(1)

@@ -1,0 +1,1 @@
+"""How much a loss feels each weight, of any module."""

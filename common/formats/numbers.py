@@ -1,0 +1,119 @@
+"""Number formats: fake-quantization, and the packed tensors that a file stores.
+
+fp32 and fp16 are stored as they are. int2..int8 are symmetric integers with one FP32 scale per output channel
+(Nagel et al. 2021, "A White Paper on Neural Network Quantization", section 2.2): w is stored as
+q = round(w / s), |q| <= 2^(b-1) - 1, s = max |w| / (2^(b-1) - 1), and read as q * s.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from common.errors import UserError
+from common.presets import FORMATS
+
+FP16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class IntegerTensor:
+    """codes: int8 with the shape of the weight, |code| <= 2^(bits-1) - 1; scale: float32, one per channel of `axis`."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    axis: int
+
+    def dequantize(self) -> torch.Tensor:
+        return self.codes.float() * _along(self.scale, self.axis, self.codes.dim())
+
+
+def bits(fmt: str) -> int:
+    """Bits of one number. Raises ValueError for an unknown format."""
+    if fmt not in FORMATS:
+        raise ValueError(f"unknown format {fmt}; known are {', '.join(FORMATS)}")
+    return int(fmt.removeprefix("fp").removeprefix("int"))
+
+
+def stored_format(fmt: str, shape: torch.Size) -> str:
+    """The format that a tensor of `shape` takes where `fmt` is asked for: 1-D tensors never go below fp16."""
+    return "fp16" if fmt.startswith("int") and len(shape) < 2 else fmt
+
+
+def channel_axes(network: nn.Module) -> dict[str, int]:
+    """The output-channel axis of each parameter: 1 for transposed convolutions (C_in, C_out, ...), else 0."""
+    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    return {
+        f"{prefix}.{name}".lstrip("."): 1 if isinstance(module, transposed) and parameter.dim() > 1 else 0
+        for prefix, module in network.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def quantize_integer(weight: torch.Tensor, fmt: str, axis: int) -> IntegerTensor:
+    """Nearest symmetric integers. A channel of zeros takes scale 1."""
+    largest = 2 ** (bits(fmt) - 1) - 1
+    other_axes = [i for i in range(weight.dim()) if i != axis]
+    scale = weight.float().abs().amax(dim=other_axes) / largest
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    codes = (weight / _along(scale, axis, weight.dim())).round().clamp(-largest, largest).to(torch.int8)
+    return IntegerTensor(codes, scale, axis)
+
+
+def fake_quantize(weight: torch.Tensor, fmt: str, axis: int = 0) -> torch.Tensor:
+    """FP32 weights with the values that `fmt` can store. Raises UserError where fp16 would overflow."""
+    if fmt == "fp32":
+        return weight.float().clone()
+    if fmt == "fp16":
+        return _to_fp16(weight).float()
+    return quantize_integer(weight, fmt, axis).dequantize()
+
+
+def pack(weight: torch.Tensor, fmt: str, axis: int = 0) -> dict[str, torch.Tensor]:
+    """What a file stores of one weight: {"": tensor} or, for integers, {"": codes (bytes,) uint8, "scale": float32}."""
+    if fmt == "fp32":
+        return {"": weight.float()}
+    if fmt == "fp16":
+        return {"": _to_fp16(weight)}
+    quantized = quantize_integer(weight, fmt, axis)
+    return {"": pack_codes(quantized.codes, bits(fmt)), "scale": quantized.scale}
+
+
+def unpack(stored: dict[str, torch.Tensor], fmt: str, shape: torch.Size, axis: int = 0) -> torch.Tensor:
+    """The FP32 weight that `pack` stored: equal to `fake_quantize` bit for bit."""
+    if fmt in ("fp32", "fp16"):
+        return stored[""].float()
+    return IntegerTensor(unpack_codes(stored[""], bits(fmt), shape), stored["scale"], axis).dequantize()
+
+
+def stored_bytes(shape: torch.Size, fmt: str, axis: int = 0) -> int:
+    """Bytes of the tensors that `pack` makes of a weight of `shape`."""
+    numel = int(np.prod(shape))
+    if fmt in ("fp32", "fp16"):
+        return numel * bits(fmt) // 8
+    return (numel * bits(fmt) + 7) // 8 + 4 * shape[axis]
+
+
+def pack_codes(codes: torch.Tensor, width: int) -> torch.Tensor:
+    """int8 codes to uint8 (ceil(numel * width / 8),): `width` bits each in two's complement, high bit first."""
+    unsigned = codes.contiguous().numpy().reshape(-1, 1).view(np.uint8)
+    return torch.from_numpy(np.packbits(np.unpackbits(unsigned, axis=1)[:, 8 - width :]))
+
+
+def unpack_codes(stream: torch.Tensor, width: int, shape: torch.Size) -> torch.Tensor:
+    """The int8 codes that `pack_codes` packed."""
+    numel = int(np.prod(shape))
+    field = np.unpackbits(stream.numpy(), count=numel * width).reshape(numel, width)
+    sign = np.repeat(field[:, :1], 8 - width, axis=1)
+    return torch.from_numpy(np.packbits(np.concatenate([sign, field], axis=1)).view(np.int8)).reshape(shape)
+
+
+def _along(scale: torch.Tensor, axis: int, dim: int) -> torch.Tensor:
+    return scale.view([-1 if i == axis else 1 for i in range(dim)])
+
+
+def _to_fp16(weight: torch.Tensor) -> torch.Tensor:
+    if weight.abs().max() > FP16_MAX:
+        raise UserError(f"a weight of {weight.abs().max():.3g} does not fit fp16 (largest {FP16_MAX:.0f})")
+    return weight.half()

@@ -1,0 +1,136 @@
+"""A model: a network's weights as a file stores them, each in its format, and what sampling needs to know of them."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from common.ddpm.digits import DATA_RANGE
+from common.ddpm.unet import UNet, load_tensors
+from common.formats import entropy
+from common.formats.numbers import channel_axes, pack, stored_bytes, stored_format, unpack
+from common.presets import UNetConfig
+from common.runtime import sealed
+from common.runtime.sealed import CheckpointError
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Model:
+    """stored: packed tensors by name, scales of integers beside them as "name:scale"; formats: that of each tensor;
+    about: label, preset, training and so on, as JSON holds it."""
+
+    config: UNetConfig
+    stored: dict[str, torch.Tensor]
+    formats: dict[str, str]
+    about: dict
+
+    @cached_property
+    def state(self) -> dict[str, torch.Tensor]:
+        """The FP32 values that are sampled from: what the stored tensors unpack to."""
+        if self.is_entropy_coded:
+            return entropy.decode(self.stored, {name: s for name, (s, _) in tensor_shapes(self.config).items()})
+        return {
+            name: unpack(_parts(self.stored, name), self.formats[name], shape, axis)
+            for name, (shape, axis) in tensor_shapes(self.config).items()
+        }
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the weights as they are sampled from."""
+        return sealed.hash_tensors(self.state)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether strategies may start from it: not the result of one, and all FP32."""
+        return "strategy" not in self.about and set(self.formats.values()) == {"fp32"}
+
+    @property
+    def is_entropy_coded(self) -> bool:
+        """Whether all tensors are coded together (`common.entropy`)."""
+        return set(self.formats.values()) == {"entropy"}
+
+    def network(self) -> UNet:
+        """The network with these weights, in evaluation mode."""
+        network = UNet(self.config)
+        load_tensors(network, self.state)
+        return network.eval()
+
+    def size_mib(self) -> float:
+        """MiB of the tensors as stored; the file adds its header."""
+        return sum(tensor.nbytes for tensor in self.stored.values()) / MIB
+
+    def quantize(self, names: Iterable[str], fmt: str, about: dict) -> "Model":
+        """This model with `names` quantized to `fmt` (1-D tensors to fp16 at the lowest)."""
+        shapes, formats = tensor_shapes(self.config), dict(self.formats)
+        stored = dict(self.stored)
+        for name in names:
+            shape, axis = shapes[name]
+            formats[name] = stored_format(fmt, shape)
+            stored.pop(f"{name}:scale", None)
+            stored |= _named(name, pack(self.state[name], formats[name], axis))
+        return Model(self.config, stored, formats, {**self.about, **about})
+
+
+def full_precision(config: UNetConfig, state: dict[str, torch.Tensor], about: dict) -> Model:
+    """A model whose tensors are all stored as FP32."""
+    return Model(config, dict(state), dict.fromkeys(state, "fp32"), about)
+
+
+def tensor_shapes(config: UNetConfig) -> dict[str, tuple[torch.Size, int]]:
+    """{name: (shape, output-channel axis)} of the network's tensors; builds no weights."""
+    with torch.device("meta"):
+        network = UNet(config)
+    axes = channel_axes(network)
+    return {name: (tensor.shape, axes[name]) for name, tensor in network.state_dict().items()}
+
+
+def size_mib(config: UNetConfig, formats: dict[str, str]) -> float:
+    """MiB of a model from its shapes alone; tensors that `formats` does not name are FP32."""
+    shapes = tensor_shapes(config)
+    return sum(stored_bytes(s, stored_format(formats.get(n, "fp32"), s), axis) for n, (s, axis) in shapes.items()) / MIB
+
+
+def save_model(path: str | Path, model: Model) -> None:
+    """Writes the packed model: each tensor in its format, and all that sampling needs."""
+    sealed.save(path, "model", model.stored, _metadata(model, model.sha256))
+
+
+def file_bytes(model: Model) -> int:
+    """Bytes of the file that `save_model` writes; unpacks nothing."""
+    return len(sealed.seal("model", model.stored, _metadata(model, "0" * 64)))
+
+
+def _metadata(model: Model, sha256: str) -> dict:
+    return {
+        "architecture": asdict(model.config),
+        "formats": "entropy" if model.is_entropy_coded else model.formats,  # names cost bytes
+        "data_range": DATA_RANGE,
+        "weights_sha256": sha256,
+        "about": model.about,
+    }
+
+
+def load_model(path: str | Path) -> Model:
+    """Reads what `save_model` wrote. Raises FileNotFoundError, or CheckpointError for any other file."""
+    stored, metadata = sealed.load(path, "model")
+    config = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in metadata["architecture"].items()})
+    formats = metadata["formats"]
+    if formats == "entropy":
+        formats = dict.fromkeys(tensor_shapes(config), "entropy")
+    model = Model(config, stored, formats, metadata["about"])
+    if model.sha256 != metadata["weights_sha256"]:
+        raise CheckpointError(f"{path}: the unpacked weights do not fit their hash; make it anew")
+    return model
+
+
+def _named(name: str, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{name}:{part}".removesuffix(":"): tensor for part, tensor in parts.items()}
+
+
+def _parts(stored: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    parts = {"": stored[name]}
+    return parts | {"scale": stored[f"{name}:scale"]} if f"{name}:scale" in stored else parts

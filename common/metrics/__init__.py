@@ -1,0 +1,1 @@
+"""Images in, estimates with errors out."""

@@ -1,0 +1,94 @@
+"""Several processes under torchrun: each does a share, all hold the result, the first one prints and writes.
+
+One process alone needs none of this, and every function here then returns what it was given.
+"""
+
+import atexit
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from common.errors import UserError
+
+TIMEOUT = timedelta(hours=12)  # of a wait for the slowest process, which may be sampling
+
+
+def start(device: torch.device) -> torch.device:
+    """Joins the processes that torchrun started, if it did; returns this process's own device.
+
+    Raises UserError where the processes outnumber the GPUs.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return device
+    if device.type == "cuda":
+        wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if device.index is not None or wanted > there:
+            raise UserError(
+                f"{wanted} processes need a GPU each: {there} are there; leave --device {device} out or use cpu"
+            )
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=TIMEOUT)
+        atexit.register(dist.destroy_process_group)
+    return device
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(items):
+    """This process's part of a sequence: every n-th item."""
+    return items[rank() :: processes()]
+
+
+def gather(items: list, total: int) -> list:
+    """The `total` items of all processes, in the order of the sequence that `share` divided."""
+    if processes() == 1:
+        return items
+    parts = [None] * processes()
+    dist.all_gather_object(parts, items)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
+
+
+def agree(value):
+    """The first process's value; for what must not differ, such as whether a file is there."""
+    if processes() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def wait() -> None:
+    """Returns when every process has come here."""
+    if processes() > 1:
+        dist.barrier()
+
+
+def mean(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of the processes' tensors."""
+    if processes() > 1:
+        dist.all_reduce(tensor)
+        tensor /= processes()
+    return tensor
+
+
+def average_gradients(network: nn.Module) -> None:
+    """Replaces each gradient by its mean over the processes.
+
+    One exchange of all of them, always in the same order: DistributedDataParallel orders its buckets anew after the
+    first step, so that with three processes or more a resumed run would round differently.
+    """
+    if processes() > 1:
+        gradients = [p.grad for p in network.parameters()]
+        flat = mean(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view(gradient.shape))

@@ -1,0 +1,234 @@
+"""The figures of a results folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from common.choose.layers import by_layer, layer_weights
+from common.ddpm.sampling import load_images
+from common.fisher import information
+from common.formats.packed import Model, load_model
+
+SHOWN_IMAGES = 12
+MARKERS = ("o", "s", "^")  # of the first ten colours, the next, ...
+GROUPS = {"layers 1-2": "12", "layers 3-6": "3456"}
+
+
+def draw_all(folder: Path, groups: list[list[dict]], only: str = "") -> list[Path]:
+    """Draws what the rows and files of `folder` allow, of the figures whose names begin with `only`; returns their
+    paths."""
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    drawn = []
+
+    def keep(name: str, draw: Callable, *arguments) -> None:
+        figure = draw(*arguments) if name.startswith(only) else None
+        if figure is not None:
+            drawn.append(figures / f"{name}.png")
+            figure.savefig(drawn[-1], dpi=110, bbox_inches="tight")
+            plt.close(figure)
+
+    for number, rows in enumerate(groups, start=1):
+        suffix = f"-{number}" if len(groups) > 1 else ""
+        keep(f"samples{suffix}", draw_samples, rows)
+        keep(f"fid-size{suffix}", draw_fid_against_size, rows)
+        keep(f"fid-ratio{suffix}", draw_fid_against_ratio, rows)
+        keep(f"learning-curve{suffix}", draw_learning_curve, rows)
+    for path in sorted(
+        {row["file"] for rows in groups for row in rows if row.get("strategy") == "Baseline" and "file" in row}
+    ):
+        if not Path(path).exists():
+            continue
+        model = load_model(path)
+        name = Path(path).stem
+        keep(f"weights-{name}", draw_weights, model)
+        keep(f"loss-{name}", draw_loss, model)
+        table = folder / f"fisher-{model.sha256[:12]}.safetensors"
+        if table.exists():
+            values = information.load(table, model.sha256)
+            keep(f"fisher-tensors-{name}", draw_fisher_by_tensor, values)
+            keep(f"fisher-groups-{name}", draw_fisher_by_group, values)
+    return drawn
+
+
+def draw_samples(rows: list[dict]):
+    """The first images of each model; one column, one noise."""
+    shown = [(r["label"], load_images(Path(r["image_file"]))) for r in rows if Path(r.get("image_file", "")).is_file()]
+    if not shown:
+        return None
+    strips = [(label, torch.cat(list(images[:SHOWN_IMAGES]), dim=1).numpy()) for label, images in shown]
+    figure, axes = plt.subplots(len(strips), 1, figsize=(9, 0.8 * len(strips)), squeeze=False)
+    for axis, (label, strip) in zip(axes[:, 0], strips, strict=True):
+        axis.imshow(strip, cmap="gray", vmin=0, vmax=255)
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        axis.set(xticks=[], yticks=[])
+    axes[0, 0].set_title("Each column starts from the same noise", fontsize=9)
+    return figure
+
+
+def draw_fid_against_size(rows: list[dict]):
+    """FID, and PSNR to the FP32 images, against the size of the file, with one standard error; the band is that of
+    real test digits."""
+    measured = [r | {"mib": r.get("file_mib", r["size_mib"]), "by": _strategy(r)} for r in rows if r.get("size_mib")]
+    if len(measured) < 2:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.5))
+    for axis, key in zip(axes, ("fid", "psnr"), strict=True):
+        for colour, strategy in enumerate(dict.fromkeys(r["by"] for r in measured)):
+            chosen = [r for r in measured if r["by"] == strategy and key in r]
+            axis.errorbar(
+                [r["mib"] for r in chosen], [r[key] for r in chosen], [r[f"{key}_error"] for r in chosen],
+                fmt=MARKERS[colour // 10], capsize=3, color=f"C{colour % 10}", label=strategy,
+            )  # fmt: skip
+        axis.set(xlabel="MiB of the file", xscale="log")
+        axis.grid(alpha=0.3, which="both")
+    _band_of_real_digits(axes[0], rows)
+    axes[0].set(ylabel=f"FID ({rows[0]['metric']})", yscale="log")
+    axes[1].set(ylabel="PSNR to the FP32 images, dB")
+    for axis in axes:
+        _plain_ticks(axis)
+    what = axes[0].get_legend_handles_labels()
+    axes[1].legend(*what, loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)  # beside both: it hides no point
+    return figure
+
+
+def draw_fid_against_ratio(rows: list[dict]):
+    """FID against the ratio that stays FP32, one line for each format and Fisher timestep."""
+    ratios = [r for r in rows if r.get("strategy") == "Ratio"]
+    if len(ratios) < 2:
+        return None
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    lines: dict[str, list[dict]] = {}
+    for row in ratios:  # by what the label says beside the ratio: the format, and the Fisher timestep if another
+        lines.setdefault(row["label"].replace(f" {row['setting']}", "", 1), []).append(row)
+    for label, chosen in lines.items():
+        chosen.sort(key=lambda r: float(r["setting"]))
+        axis.errorbar(
+            [float(r["setting"]) for r in chosen], [r["fid"] for r in chosen], [r["fid_error"] for r in chosen],
+            fmt="o-", capsize=3, label=label,
+        )  # fmt: skip
+    _band_of_real_digits(axis, rows)
+    axis.set(xlabel="ratio of each layer's weights that stays FP32", ylabel=f"FID ({rows[0]['metric']})")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def draw_learning_curve(rows: list[dict]):
+    """FID of the baseline as it was trained, against the digits that it had seen."""
+    curve = sorted((r for r in rows if r.get("digits_seen")), key=lambda r: r["digits_seen"])
+    if len(curve) < 2:
+        return None
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    axis.errorbar(
+        [r["digits_seen"] for r in curve], [r["fid"] for r in curve], [r["fid_error"] for r in curve],
+        fmt="o-", capsize=3, label="averaged weights",
+    )  # fmt: skip
+    _band_of_real_digits(axis, rows)
+    axis.set(xlabel="digits seen", ylabel=f"FID ({rows[0]['metric']})", yscale="log")
+    _plain_ticks(axis)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3, which="both")
+    return figure
+
+
+def _strategy(row: dict) -> str:
+    """What a row is drawn as: budgets by coding, kind and Fisher timestep, random draws as one, the others by their
+    rule."""
+    if row["strategy"] == "Budget":
+        kind = row["setting"].partition(", ")[2]
+        kind = "finetuned" if "updates" in kind else kind.rstrip("0123456789 ")
+        timestep = row["label"].partition(", Fisher ")[2].rstrip(")")  # where it is not that of the rule
+        return ", ".join(filter(None, ["Budget", row["format"], kind, timestep]))
+    return "Random" if row["strategy"].startswith("Random ") else row["strategy"]
+
+
+def _band_of_real_digits(axis, rows: list[dict]) -> None:
+    for row in rows:
+        if row["label"].startswith("Real"):
+            axis.axhspan(row["fid"] - row["fid_error"], row["fid"] + row["fid_error"], color="0.8", label=row["label"])
+
+
+def _plain_ticks(axis) -> None:
+    """Numbers without powers of ten, where a logarithmic axis has room for them."""
+    for side in (axis.xaxis, axis.yaxis):
+        if side.get_scale() == "log":
+            side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            side.set_minor_formatter(NullFormatter())
+        side.set_major_formatter("{x:g}")
+
+
+def draw_fisher_by_tensor(table: information.FisherTable):
+    """Fisher value of each weight tensor of each layer, one line per timestep, log scale."""
+    layers = by_layer(dict.fromkeys(layer_weights(table.names), 0.0))
+    figure, axes = plt.subplots(2, 3, figsize=(14, 8), sharey=True)
+    colours = plt.get_cmap("viridis")
+    order = np.argsort(table.timesteps)
+    for axis, (layer, names) in zip(axes.flat, layers.items(), strict=True):
+        columns = [table.names.index(name) for name in names]
+        for place, i in enumerate(order):
+            axis.plot(table.values[i, columns], color=colours(place / (len(order) - 1)), marker=".", linewidth=1)
+        axis.set_xticks(range(len(names)))
+        short = [name.removeprefix(f"{layer}.").removesuffix(".weight") for name in names]
+        axis.set_xticklabels(short, rotation=60, ha="right", fontsize=7)
+        axis.set(yscale="log", title=layer)
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("Fisher value")
+    figure.tight_layout()
+    scale = plt.cm.ScalarMappable(plt.Normalize(min(table.timesteps), max(table.timesteps)), colours)
+    figure.colorbar(scale, ax=axes, label="timestep (0: finished image)")
+    return figure
+
+
+def draw_fisher_by_group(table: information.FisherTable):
+    """Mean and median Fisher value of the weights of layers 1-2 and 3-6 over timesteps, log scale."""
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    order = np.argsort(table.timesteps)
+    timesteps = np.array(table.timesteps)[order]
+    names = layer_weights(table.names)
+    for colour, (label, layers) in enumerate(GROUPS.items()):
+        columns = [table.names.index(name) for name in names if name[len("layer")] in layers]
+        values = table.values[order][:, columns]
+        error = table.errors[order][:, columns].mean(1)  # at most: all tensors saw the same digits
+        axis.errorbar(timesteps, values.mean(1), error, fmt="o-", color=f"C{colour}", capsize=2, label=f"{label}, mean")
+        axis.plot(timesteps, values.median(1).values, "s--", color=f"C{colour}", label=f"{label}, median", markersize=4)
+    axis.set(yscale="log", xlabel="timestep (0: finished image)", ylabel="Fisher value")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def draw_weights(model: Model):
+    """Histograms of the convolution and projection weights of each layer."""
+    layers = by_layer({n: 0.0 for n in layer_weights(model.state) if model.state[n].dim() > 1})
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6))
+    for axis, (layer, names) in zip(axes.flat, layers.items(), strict=True):
+        values = torch.cat([model.state[name].flatten() for name in names]).numpy()
+        axis.hist(values, bins=200, log=True)
+        axis.set_title(f"{layer}: {len(values):,} weights, std {values.std():.3f}", fontsize=9)
+        axis.set(xlabel="weight", ylabel="count")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+def draw_loss(model: Model):
+    """The training loss, averaged over a few steps."""
+    curve, training = model.about.get("loss_curve"), model.about["training"]
+    if not curve:
+        return None
+    figure, axis = plt.subplots(figsize=(7, 4))
+    axis.plot(np.linspace(0, training["steps"], len(curve)), curve)
+    axis.set(
+        yscale="log", xlabel=f"step of {training['batch_size']} digits", ylabel="loss (mean squared error of the noise)"
+    )
+    axis.grid(alpha=0.3, which="both")
+    return figure
