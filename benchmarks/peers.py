@@ -137,8 +137,8 @@ def main():
         torch.save(state, file)
         mib = len(file.getvalue()) / MIB
         measured = Measured(weights, images, score(images, bench.network, bench.reference))
-        about = {"strategy": "Peer", "setting": name, "format": package, "size_mib": mib, "file_mib": mib}
-        rows.append(measured_row(run, bench, baseline, name, measured, original) | about)
+        metadata = {"strategy": "Peer", "setting": name, "format": package, "size_mib": mib, "file_mib": mib}
+        rows.append(measured_row(run, bench, baseline, name, measured, original) | metadata)
     report.add_rows(run.out / "results.jsonl", rows)
     print("\n".join([report.format_table(rows), "", *failures]))
 

@@ -128,13 +128,14 @@ def test_fill_takes_the_lowest_price_that_fits():
     whole = nbytes(rounding.encode(weights, steps, price=0.0))
     shapes = {"w": weights["w"].shape}
     assert torch.equal(
-        entropy.decode(allocation.fill(weights, steps, nbytes, whole), shapes)["w"], (weights["w"] / 0.3).round() * 0.3
+        entropy.decode(allocation.requantize_to_size(weights, steps, nbytes, whole), shapes)["w"],
+        (weights["w"] / 0.3).round() * 0.3,
     )
     for share in (0.98, 0.95):
         limit = int(share * whole)
-        assert 0.97 * limit < nbytes(allocation.fill(weights, steps, nbytes, limit)) <= limit
+        assert 0.97 * limit < nbytes(allocation.requantize_to_size(weights, steps, nbytes, limit)) <= limit
     with pytest.raises(BudgetError):
-        allocation.fill(weights, steps, nbytes, 3)
+        allocation.requantize_to_size(weights, steps, nbytes, 3)
 
 
 @pytest.fixture
@@ -142,8 +143,8 @@ def script(tiny_preset, tiny_network, monkeypatch, tmp_path):
     """Runs layer_budget.py on a baseline of a few thousand parameters; returns its rows of the strategy."""
     import layer_budget
 
-    about = {"label": "Baseline (FP32)", "preset": "quick", "digits_seen": 0, "loss_curve": [1.0] * 50}
-    baseline = full_precision(tiny_network.config, tiny_network.state_dict(), about | {"training": {}})
+    metadata = {"label": "Baseline (FP32)", "preset": "quick", "digits_seen": 0, "loss_curve": [1.0] * 50}
+    baseline = full_precision(tiny_network.config, tiny_network.state_dict(), metadata | {"training": {}})
     save_model(preset_checkpoint("quick"), baseline)
 
     def run(*arguments):

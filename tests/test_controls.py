@@ -39,7 +39,7 @@ def test_control_models_are_about_as_large(tiny_preset, tiny_network):
     names = [name for name in layer_weights(baseline.state) if "layer5" in name or "layer2" in name]
     chosen = baseline.quantize(names, "int4", pipeline.about_row(run, baseline, "Ratio", "0.5", None))
     models = pipeline.control_models(run, baseline, chosen, 2)
-    labels = [model.about["label"] for model in models]
+    labels = [model.metadata["label"] for model in models]
     assert labels[:3] == [f"{kind} as Ratio 0.5 (INT4)" for kind in ("Random 1", "Random 2", "Smallest weights")]
     smallest_saving = 1e-4  # MiB, of the weights of a GroupNorm
     for model in models[:3]:

@@ -95,8 +95,8 @@ def test_each_process_samples_its_share_alone(monkeypatch, tiny_network, tmp_pat
 
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     monkeypatch.setattr(distributed, "processes", lambda: 2)
-    monkeypatch.setattr(distributed, "agree", lambda value: value)
-    monkeypatch.setattr(distributed, "wait", stop)
+    monkeypatch.setattr(distributed, "broadcast", lambda value: value)
+    monkeypatch.setattr(distributed, "barrier", stop)
     sampling = Sampling(
         images=10, sampler="ddim", steps=1, eta=0.0, batch_size=2, seed=0, device="cpu", precision="fp32"
     )
@@ -126,13 +126,13 @@ def test_torchrun_starts_a_script():
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_shares_put_together_are_the_whole(monkeypatch, processes):
-    """`gather` undoes `share`, however the items divide."""
+    """`gather` undoes `shard`, however the items divide."""
     for total in (1, 2, 5, 6):
         parts = []
         for rank in range(processes):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             monkeypatch.setattr(distributed, "processes", lambda: processes)
-            parts.append(distributed.share(list(range(total))))
+            parts.append(distributed.shard(list(range(total))))
         monkeypatch.setattr(
             distributed.dist, "all_gather_object", lambda box, _, parts=parts: box.__setitem__(slice(None), parts)
         )

@@ -83,8 +83,8 @@ def settled(*arguments):
 
 
 def write_model(path, network):
-    about = {"label": "Baseline (FP32)", "preset": "quick", "training": {}, "digits_seen": 0}
-    save_model(path, full_precision(network.config, network.state_dict(), about))
+    metadata = {"label": "Baseline (FP32)", "preset": "quick", "training": {}, "digits_seen": 0}
+    save_model(path, full_precision(network.config, network.state_dict(), metadata))
     return path
 
 
@@ -328,8 +328,8 @@ def test_checkpoint_of_another_preset(refused, baseline):
 
 def test_checkpoint_of_an_unknown_preset(refused, tiny_network, tmp_path):
     path = tmp_path / "other.safetensors"
-    about = {"label": "Baseline (FP32)", "preset": "huge"}
-    save_model(path, full_precision(tiny_network.config, tiny_network.state_dict(), about))
+    metadata = {"label": "Baseline (FP32)", "preset": "huge"}
+    save_model(path, full_precision(tiny_network.config, tiny_network.state_dict(), metadata))
     message = refused("layer_ratio", "--device", "cpu", "--checkpoint", path)
     assert str(path) in message and "huge" in message and "--preset" in message
 

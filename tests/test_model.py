@@ -77,7 +77,7 @@ def test_a_saved_model_is_loaded_bit_for_bit(quantize, tmp_path, fmt):
     loaded = load_model(path)
     assert loaded.config == model.config
     assert loaded.formats == model.formats
-    assert loaded.about == model.about
+    assert loaded.metadata == model.metadata
     assert equal(loaded.stored, model.stored)
     assert equal(loaded.state, model.state)
     assert loaded.sha256 == model.sha256
@@ -147,10 +147,10 @@ def test_quantizing_changes_the_named_tensors_alone(baseline):
     model = baseline.quantize([name], "int4", {"label": "one"})
     assert {n for n, fmt in model.formats.items() if fmt != "fp32"} == {name}
     assert {n for n in model.state if not torch.equal(model.state[n], baseline.state[n])} == {name}
-    assert model.about == {**ABOUT, "label": "one"}
+    assert model.metadata == {**ABOUT, "label": "one"}
     assert model.sha256 != baseline.sha256
     assert baseline.is_baseline and not model.is_baseline
-    assert set(baseline.formats.values()) == {"fp32"} and baseline.about == ABOUT
+    assert set(baseline.formats.values()) == {"fp32"} and baseline.metadata == ABOUT
 
 
 def test_quantizing_again_leaves_nothing_of_the_first_time(baseline):

@@ -125,8 +125,8 @@ def test_retraining_ends_in_the_same_weights(call, trained):
 
 def test_training_steps_make_another_training(call, trained):
     call("simplediffusion", "--checkpoint", "short.safetensors", "--retrain", "--training-steps", "3")
-    about = load_model(Path("short.safetensors")).about
-    assert about["training"]["steps"] == 3 and about["digits_seen"] == 3 * 8
+    metadata = load_model(Path("short.safetensors")).metadata
+    assert metadata["training"]["steps"] == 3 and metadata["digits_seen"] == 3 * 8
 
 
 def test_learning_curve_scores_what_training_kept(call, real, trained, monkeypatch):

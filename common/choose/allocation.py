@@ -127,7 +127,7 @@ def entropy_coded(
     return best
 
 
-def fill(
+def requantize_to_size(
     weights: dict[str, torch.Tensor],
     steps: dict[str, float],
     size: Callable[[dict[str, torch.Tensor]], int],

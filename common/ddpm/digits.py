@@ -60,13 +60,13 @@ def _mnist(split: str, data_dir: str | Path) -> tuple[torch.Tensor, torch.Tensor
 
     remedy = "give the folder that holds MNIST/raw with --data-dir, or use --data mnist5k, which needs no download"
     if distributed.rank() > 0:
-        distributed.wait()  # for the first process to have downloaded it
+        distributed.barrier()  # for the first process to have downloaded it
     try:
         dataset = MNIST(str(data_dir), train=split == "train", download=True)  # only what is absent
     except (RuntimeError, OSError, ValueError, AssertionError) as error:  # whatever torchvision meets in them
         raise DataError(f"--data mnist: not reachable at --data-dir {data_dir}, nor by download; {remedy}") from error
     if distributed.rank() == 0:
-        distributed.wait()
+        distributed.barrier()
     return dataset.data, dataset.targets
 
 

@@ -54,7 +54,7 @@ def generate(network: nn.Module, weights: str, sampling: Sampling, folder: Path,
     Finished batches are read back from `folder`. Several processes share the batches, and the folder.
     """
     path = image_file(folder, sampling, weights)
-    if distributed.agree(path.exists()):
+    if distributed.broadcast(path.exists()):
         return load_images(path)
     device = torch.device(sampling.device)
     network = network.to(device, memory_format=torch.channels_last).eval()
@@ -62,7 +62,7 @@ def generate(network: nn.Module, weights: str, sampling: Sampling, folder: Path,
     schedule = Schedule(network.config.timesteps)
     starts = range(0, sampling.images, sampling.batch_size)
     parts = path.with_suffix(".parts")
-    mine = distributed.share(starts)
+    mine = distributed.shard(starts)
     with tqdm(total=len(mine) * sampling.steps, desc=label, unit="step") as bar:
         for start in mine:
             part = parts / f"{start:07d}.safetensors"
@@ -82,12 +82,12 @@ def generate(network: nn.Module, weights: str, sampling: Sampling, folder: Path,
                     on_step=bar.update,
                 )
             sealed.save(part, "images", {"images": to_uint8(images)}, {"start": start})
-    distributed.wait()
+    distributed.barrier()
     if distributed.rank() > 0:
-        distributed.wait()
+        distributed.barrier()
         return load_images(path)
     images = torch.cat([load_images(parts / f"{start:07d}.safetensors") for start in starts])
     sealed.save(path, "images", {"images": images}, {"sampling": asdict(sampling), "weights": weights})
     shutil.rmtree(parts)
-    distributed.wait()
+    distributed.barrier()
     return images

@@ -24,7 +24,7 @@ def fisher_information(
     total = len(samples[0])
     starts = range(0, total, chunk)
     sums = []  # (parameters, 2) of each chunk
-    for start in distributed.share(starts):
+    for start in distributed.shard(starts):
         batch = tuple(s[start : start + chunk] for s in samples)
         values = torch.stack([v.double() for v in squared_gradients(network, loss, batch).values()])
         sums.append(torch.stack([values.sum(1), values.square().sum(1)], dim=1).cpu())

@@ -26,7 +26,7 @@ class Model:
     config: UNetConfig
     stored: dict[str, torch.Tensor]
     formats: dict[str, str]
-    about: dict
+    metadata: dict
 
     @cached_property
     def state(self) -> dict[str, torch.Tensor]:
@@ -46,7 +46,7 @@ class Model:
     @property
     def is_baseline(self) -> bool:
         """Whether strategies may start from it: not the result of one, and all FP32."""
-        return "strategy" not in self.about and set(self.formats.values()) == {"fp32"}
+        return "strategy" not in self.metadata and set(self.formats.values()) == {"fp32"}
 
     @property
     def is_entropy_coded(self) -> bool:
@@ -63,7 +63,7 @@ class Model:
         """MiB of the tensors as stored; the file adds its header."""
         return sum(tensor.nbytes for tensor in self.stored.values()) / MIB
 
-    def quantize(self, names: Iterable[str], fmt: str, about: dict) -> "Model":
+    def quantize(self, names: Iterable[str], fmt: str, metadata: dict) -> "Model":
         """This model with `names` quantized to `fmt` (1-D tensors to fp16 at the lowest)."""
         shapes, formats = tensor_shapes(self.config), dict(self.formats)
         stored = dict(self.stored)
@@ -72,12 +72,12 @@ class Model:
             formats[name] = stored_format(fmt, shape)
             stored.pop(f"{name}:scale", None)
             stored |= _named(name, pack(self.state[name], formats[name], axis))
-        return Model(self.config, stored, formats, {**self.about, **about})
+        return Model(self.config, stored, formats, {**self.metadata, **metadata})
 
 
-def full_precision(config: UNetConfig, state: dict[str, torch.Tensor], about: dict) -> Model:
+def full_precision(config: UNetConfig, state: dict[str, torch.Tensor], metadata: dict) -> Model:
     """A model whose tensors are all stored as FP32."""
-    return Model(config, dict(state), dict.fromkeys(state, "fp32"), about)
+    return Model(config, dict(state), dict.fromkeys(state, "fp32"), metadata)
 
 
 def tensor_shapes(config: UNetConfig) -> dict[str, tuple[torch.Size, int]]:
@@ -110,7 +110,7 @@ def _metadata(model: Model, sha256: str) -> dict:
         "formats": "entropy" if model.is_entropy_coded else model.formats,  # names cost bytes
         "data_range": DATA_RANGE,
         "weights_sha256": sha256,
-        "about": model.about,
+        "about": model.metadata,
     }
 
 

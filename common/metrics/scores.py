@@ -161,7 +161,7 @@ def extract(images: torch.Tensor, network: nn.Module) -> tuple[np.ndarray, np.nd
     chunk = CHUNK if network.name == "mnist" else 50
     parts, results = images.split(chunk), []
     with torch.inference_mode():
-        mine = distributed.share(parts)
+        mine = distributed.shard(parts)
         for part in tqdm(
             mine, desc="features", unit="batch", disable=len(images) < 20 * chunk or distributed.rank() > 0
         ):
@@ -184,7 +184,7 @@ def load_reference(digits: torch.Tensor, network: nn.Module, cache: Path | None)
     """Statistics of uint8 digits (N, 32, 32), kept in the folder `cache` under everything that they depend on."""
     key = sealed.hash_tensors({"digits": digits})[:12] + "-" + network.sha256[:12]
     path = cache / f"{network.name}-{key}.safetensors" if cache else None
-    if path and distributed.agree(path.exists()):
+    if path and distributed.broadcast(path.exists()):
         tensors, metadata = sealed.load(path, "reference")
         return Reference(**{k: v.numpy() for k, v in tensors.items()}, **metadata)
     reference = make_reference(extract(digits, network)[0])

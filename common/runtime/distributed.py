@@ -44,13 +44,13 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def share(items):
+def shard(items):
     """This process's part of a sequence: every n-th item."""
     return items[rank() :: processes()]
 
 
 def gather(items: list, total: int) -> list:
-    """The `total` items of all processes, in the order of the sequence that `share` divided."""
+    """The `total` items of all processes, in the order of the sequence that `shard` divided."""
     if processes() == 1:
         return items
     parts = [None] * processes()
@@ -58,7 +58,7 @@ def gather(items: list, total: int) -> list:
     return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
 
 
-def agree(value):
+def broadcast(value):
     """The first process's value; for what must not differ, such as whether a file is there."""
     if processes() == 1:
         return value
@@ -67,7 +67,7 @@ def agree(value):
     return box[0]
 
 
-def wait() -> None:
+def barrier() -> None:
     """Returns when every process has come here."""
     if processes() > 1:
         dist.barrier()

@@ -28,20 +28,20 @@ Limited = Callable[[Model, dict[str, float], dict, int, dict[str, Feedback]], Mo
 
 
 def entropy_coded(
-    baseline: Model, values: dict[str, float], about: dict, limit: int, feedback: dict[str, Feedback]
+    baseline: Model, values: dict[str, float], metadata: dict, limit: int, feedback: dict[str, Feedback]
 ) -> Model:
     """The model with steps by Fisher `values`, rounded by `feedback`, whose file has at most `limit` bytes. Raises
     BudgetError."""
 
     def size(stored) -> int:
-        return file_bytes(coded_model(baseline, stored, about))
+        return file_bytes(coded_model(baseline, stored, metadata))
 
-    return coded_model(baseline, allocation.entropy_coded(baseline.state, values, size, limit, feedback), about)
+    return coded_model(baseline, allocation.entropy_coded(baseline.state, values, size, limit, feedback), metadata)
 
 
-def coded_model(baseline: Model, stored: dict[str, torch.Tensor], about: dict) -> Model:
+def coded_model(baseline: Model, stored: dict[str, torch.Tensor], metadata: dict) -> Model:
     """The model of what `common.entropy` stores."""
-    return Model(baseline.config, stored, dict.fromkeys(baseline.state, "entropy"), about)
+    return Model(baseline.config, stored, dict.fromkeys(baseline.state, "entropy"), metadata)
 
 
 def finetuned(run: Run, baseline: Model, model: Model, limit: int, updates: int) -> Model:
@@ -56,14 +56,19 @@ def finetuned(run: Run, baseline: Model, model: Model, limit: int, updates: int)
     key = hashlib.sha256(f"{baseline.sha256} {model.sha256} {run.data} {precision} {updates}".encode()).hexdigest()
     state_path = run.out / f"finetuning-{key[:12]}.safetensors"
     weights = finetune(network, model.state, steps, draw, schedule, updates, precision, state_path)
-    setting = f"{model.about['setting']}, {updates} updates"
-    about = model.about | {"label": model.about["label"].replace(model.about["setting"], setting), "setting": setting}
-    stored = allocation.fill(weights, steps, lambda stored: file_bytes(coded_model(baseline, stored, about)), limit)
-    return coded_model(baseline, stored, about)
+    setting = f"{model.metadata['setting']}, {updates} updates"
+    metadata = model.metadata | {
+        "label": model.metadata["label"].replace(model.metadata["setting"], setting),
+        "setting": setting,
+    }
+    stored = allocation.requantize_to_size(
+        weights, steps, lambda stored: file_bytes(coded_model(baseline, stored, metadata)), limit
+    )
+    return coded_model(baseline, stored, metadata)
 
 
 def fixed_widths(
-    baseline: Model, values: dict[str, float], about: dict, limit: int, feedback: dict[str, Feedback]
+    baseline: Model, values: dict[str, float], metadata: dict, limit: int, feedback: dict[str, Feedback]
 ) -> Model:
     """The model with one format for each tensor whose file has at most `limit` bytes; feedback is not used. Raises
     BudgetError."""
@@ -74,9 +79,9 @@ def fixed_widths(
             formats, fits = fixed_formats(baseline.state, axes, values, limit - header), True
         except BudgetError as error:
             formats, fits = error.formats, False
-        model = replace(baseline, about=about)
+        model = replace(baseline, metadata=metadata)
         for fmt in set(formats.values()):
-            model = model.quantize([name for name, chosen in formats.items() if chosen == fmt], fmt, about)
+            model = model.quantize([name for name, chosen in formats.items() if chosen == fmt], fmt, metadata)
         excess = file_bytes(model) - limit
         if not fits and excess > 0:
             raise BudgetError(file_bytes(model))
@@ -88,10 +93,10 @@ def fixed_widths(
 CODINGS: dict[str, Limited] = {"entropy": entropy_coded, "fixed": fixed_widths}
 
 
-def smallest(baseline: Model, coding: str, about: dict) -> int:
+def smallest(baseline: Model, coding: str, metadata: dict) -> int:
     """Bytes of the smallest file there is, whatever the Fisher values."""
     try:
-        CODINGS[coding](baseline, dict.fromkeys(baseline.state, 1.0), about, 0, {})
+        CODINGS[coding](baseline, dict.fromkeys(baseline.state, 1.0), metadata, 0, {})
     except BudgetError as error:
         return error.smallest
 
@@ -113,9 +118,9 @@ def build(
     Raises UserError, before any work, for a limit that is too small.
     """
 
-    def about(setting: str) -> dict:
+    def metadata(setting: str) -> dict:
         note = "" if run.fisher_timestep == "image" else f", Fisher timestep {run.fisher_timestep}"
-        kept = {key: value for key, value in baseline.about.items() if key != "loss_curve"}
+        kept = {key: value for key, value in baseline.metadata.items() if key != "loss_curve"}
         return kept | {
             "label": f"Budget {setting} ({coding}{note})",
             "strategy": "Budget",
@@ -126,7 +131,7 @@ def build(
         }
 
     size = baseline.size_mib() * MIB
-    least = smallest(baseline, coding, about(max(limits, key=len, default=""))) + 100  # labels of other lengths
+    least = smallest(baseline, coding, metadata(max(limits, key=len, default=""))) + 100  # labels of other lengths
     for asked, limit in limits.items():
         if limit < least:
             more, less = math.ceil(1e4 * least / MIB) / 1e4, math.floor(10 * size / least) / 10
@@ -142,15 +147,15 @@ def build(
     def make(setting: str, limit: int, values: dict[str, float] = values) -> Model:
         gains = {name: feedback[name].gain if name in feedback else 1.0 for name in values}
         left = {name: value * gains[name] for name, value in values.items()}  # once neighbours have made good the rest
-        model = CODINGS[coding](baseline, left, about(setting), limit, feedback)
-        return distributed.agree(model)  # sums on a GPU may round otherwise in each process
+        model = CODINGS[coding](baseline, left, metadata(setting), limit, feedback)
+        return distributed.broadcast(model)  # sums on a GPU may round otherwise in each process
 
     def make_all(asked: str, limit: int) -> list[Model]:
         models = [make(asked, limit)]
         if updates:
             try:
                 smaller = make(asked, int((1 - GROWTH) * limit))
-                models.append(distributed.agree(finetuned(run, baseline, smaller, limit, updates)))
+                models.append(distributed.broadcast(finetuned(run, baseline, smaller, limit, updates)))
             except BudgetError as error:  # the other rows are not lost
                 tqdm.write(f"{asked}: the finetuned codes need {error.smallest:,} bytes, so there is no row of them")
         return models

@@ -29,7 +29,7 @@ def fisher_table(run: Run, model: Model) -> information.FisherTable:
     }
     weights = model.sha256
     path = run.out / f"fisher-{weights[:12]}.safetensors"
-    if distributed.agree(path.exists()):
+    if distributed.broadcast(path.exists()):
         table = information.load(path, weights)
         if table.settings == settings:
             return table

@@ -222,7 +222,7 @@ def draw_weights(model: Model):
 
 def draw_loss(model: Model):
     """The training loss, averaged over a few steps."""
-    curve, training = model.about.get("loss_curve"), model.about["training"]
+    curve, training = model.metadata.get("loss_curve"), model.metadata["training"]
     if not curve:
         return None
     figure, axis = plt.subplots(figsize=(7, 4))

@@ -26,20 +26,22 @@ def main():
         return
     baseline = load_baseline(run)
     pattern = kept_file(run, "*")
-    kept = sorted(map(read_checkpoint, pattern.parent.glob(pattern.name)), key=lambda model: model.about["digits_seen"])
+    kept = sorted(
+        map(read_checkpoint, pattern.parent.glob(pattern.name)), key=lambda model: model.metadata["digits_seen"]
+    )
     if not kept:
         raise UserError(f"{pattern}: no such file; simplediffusion.py --retrain --keep-every N makes them")
     for model in kept:
-        if model.about["training"] != baseline.about["training"]:
+        if model.metadata["training"] != baseline.metadata["training"]:
             raise UserError(
-                f"{kept_file(run, model.about['digits_seen'])} is of another training than {run.checkpoint}; delete it"
+                f"{kept_file(run, model.metadata['digits_seen'])} is of another training than {run.checkpoint}; delete it"
             )
     bench = make_bench(run)
     end = measure(run, bench, baseline)
     rows = [*real_rows(run, bench, baseline.sha256), baseline_row(run, bench, baseline, end, run.checkpoint)]
     for model in kept:
-        row = measured_row(run, bench, baseline, model.about["label"], measure(run, bench, model), end)
-        rows.append(row | {"digits_seen": model.about["digits_seen"]})
+        row = measured_row(run, bench, baseline, model.metadata["label"], measure(run, bench, model), end)
+        rows.append(row | {"digits_seen": model.metadata["digits_seen"]})
     if distributed.rank() == 0:
         report.add_rows(run.out / "results.jsonl", rows)
     print(report.format_table(rows))

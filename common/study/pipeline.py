@@ -72,7 +72,7 @@ class Measured:
 
 def measure(run: Run, bench: Bench, model: Model) -> Measured:
     """Samples from the model, or reads its images back, and scores them."""
-    weights, label = model.sha256, model.about["label"]
+    weights, label = model.sha256, model.metadata["label"]
     images = generate(model.network(), weights, run.sampling, run.out / "images", label)
     return Measured(weights, images, score(images, bench.network, bench.reference))
 
@@ -80,12 +80,12 @@ def measure(run: Run, bench: Bench, model: Model) -> Measured:
 def make_row(run: Run, bench: Bench, model: Model, measured: Measured, baseline: Measured | None) -> dict:
     """One row of the table, as JSON: settings, sizes, figures with errors, and the formats of all tensors."""
     row = {
-        **settings_of(run, bench, model.about.get("baseline", measured.weights)),
-        "label": model.about["label"] + ("" if run.sampling.precision == "fp32" else f" [{run.sampling.precision}]"),
-        "strategy": model.about.get("strategy", "Baseline"),
-        "setting": model.about.get("setting", ""),
-        "format": model.about.get("format", "fp32"),
-        "published": model.about.get("published"),
+        **settings_of(run, bench, model.metadata.get("baseline", measured.weights)),
+        "label": model.metadata["label"] + ("" if run.sampling.precision == "fp32" else f" [{run.sampling.precision}]"),
+        "strategy": model.metadata.get("strategy", "Baseline"),
+        "setting": model.metadata.get("setting", ""),
+        "format": model.metadata.get("format", "fp32"),
+        "published": model.metadata.get("published"),
         "size_mib": model.size_mib(),
         "weights": measured.weights,
         "image_file": str(image_file(run.out / "images", run.sampling, measured.weights)),
@@ -99,8 +99,8 @@ def make_row(run: Run, bench: Bench, model: Model, measured: Measured, baseline:
 def baseline_row(run: Run, bench: Bench, baseline: Model, measured: Measured, path: Path) -> dict:
     """The row of the baseline, whose file is at `path`."""
     row = make_row(run, bench, baseline, measured, None)
-    about = {"published": PUBLISHED_BASELINE, "file": str(path), "digits_seen": baseline.about["digits_seen"]}
-    return row | about
+    metadata = {"published": PUBLISHED_BASELINE, "file": str(path), "digits_seen": baseline.metadata["digits_seen"]}
+    return row | metadata
 
 
 def settings_of(run: Run, bench: Bench, baseline: str | None) -> dict:
@@ -144,8 +144,8 @@ def kept_by_layer(model: Model) -> dict[str, list[str]]:
 
 def measured_row(run: Run, bench: Bench, baseline: Model, label: str, measured: Measured, original: Measured) -> dict:
     """The row of images that no packed model made: figures, and differences to the baseline's images `original`."""
-    about = settings_of(run, bench, baseline.sha256) | {"label": label, "weights": measured.weights}
-    return about | figures(measured.scores) | differences(measured, original)
+    metadata = settings_of(run, bench, baseline.sha256) | {"label": label, "weights": measured.weights}
+    return metadata | figures(measured.scores) | differences(measured, original)
 
 
 def real_rows(run: Run, bench: Bench, baseline: str | None) -> list[dict]:
@@ -175,8 +175,8 @@ def about_row(run: Run, baseline: Model, strategy: str, setting: str, published:
 
 def uniform(run: Run, baseline: Model) -> Model:
     """Every weight of layers 1 to 6 in --format."""
-    about = about_row(run, baseline, "Uniform", "", PUBLISHED_UNIFORM)
-    return baseline.quantize(layer_weights(baseline.state), run.fmt, about)
+    metadata = about_row(run, baseline, "Uniform", "", PUBLISHED_UNIFORM)
+    return baseline.quantize(layer_weights(baseline.state), run.fmt, metadata)
 
 
 def run_strategy(options: argparse.Namespace, choices: list[Choice]) -> None:
@@ -187,11 +187,11 @@ def run_strategy(options: argparse.Namespace, choices: list[Choice]) -> None:
         values = table.at(run.fisher_timestep, layer_weights(table.names))
         models = []
         for choice in choices:
-            about = about_row(run, baseline, choice.strategy, choice.setting, choice.published)
-            models.append(baseline.quantize(choice.rule(values), run.fmt, about))
+            metadata = about_row(run, baseline, choice.strategy, choice.setting, choice.published)
+            models.append(baseline.quantize(choice.rule(values), run.fmt, metadata))
             if options.controls:
                 models += control_models(run, baseline, models[-1], options.controls)
-        return list({model.about["label"]: model for model in models}.values())
+        return list({model.metadata["label"]: model for model in models}.values())
 
     run_models(options, build)
 
@@ -205,13 +205,13 @@ def control_models(run: Run, baseline: Model, chosen: Model, draws: int) -> list
         shape, axis = shapes[name]
         savings[name] = stored_bytes(shape, "fp32") - stored_bytes(shape, stored_format(run.fmt, shape), axis)
     total = sum(savings[name] for name in names if chosen.formats[name] != "fp32")
-    beside = f"{chosen.about['strategy']} {chosen.about['setting']}".strip()
+    beside = f"{chosen.metadata['strategy']} {chosen.metadata['setting']}".strip()
     orders = {f"Random {i + 1}": random_order(names, run.sampling.seed, i) for i in range(draws)}
     orders["Smallest weights"] = smallest_first(baseline.state, names)
     models = []
     for kind, order in orders.items():
-        about = about_row(run, baseline, kind, f"as {beside}", None)
-        models.append(baseline.quantize(within(order, savings, total), run.fmt, about))
+        metadata = about_row(run, baseline, kind, f"as {beside}", None)
+        models.append(baseline.quantize(within(order, savings, total), run.fmt, metadata))
     uniform_sizes = {fmt: size_mib(baseline.config, dict.fromkeys(names, fmt)) for fmt in FORMATS[1:]}
     nearest = replace(run, fmt=nearest_format(uniform_sizes, chosen.size_mib()))
     return models if nearest.fmt == run.fmt else [*models, uniform(nearest, baseline)]
@@ -231,7 +231,7 @@ def run_models(options: argparse.Namespace, build: Callable[[Run, Bench, Model],
 
 def print_rows(run: Run, bench: Bench, baseline: Model | None, baseline_path: Path, models: list[Model]) -> None:
     """Measures the models, writes their packed files, prints the table and adds its rows to results.jsonl."""
-    origin = baseline.sha256 if baseline is not None else models[0].about["baseline"]
+    origin = baseline.sha256 if baseline is not None else models[0].metadata["baseline"]
     rows = real_rows(run, bench, origin)
     baseline_measured = None
     if baseline is not None:
@@ -241,7 +241,7 @@ def print_rows(run: Run, bench: Bench, baseline: Model | None, baseline_path: Pa
         path = packed_file(run, model)
         if distributed.rank() == 0:
             save_model(path, model)
-        distributed.wait()
+        distributed.barrier()
         row = make_row(run, bench, model, measure(run, bench, model), baseline_measured)
         rows.append(row | {"file": str(path), "file_mib": path.stat().st_size / MIB})
     if distributed.rank() == 0:
@@ -253,7 +253,7 @@ def print_rows(run: Run, bench: Bench, baseline: Model | None, baseline_path: Pa
 
 
 def packed_file(run: Run, model: Model) -> Path:
-    label = re.sub(r"(?<= )-(?=[.\d])", "minus ", model.about["label"].lower())
+    label = re.sub(r"(?<= )-(?=[.\d])", "minus ", model.metadata["label"].lower())
     slug = re.sub(r"[^a-z0-9.]+", "-", label).strip("-")
     return run.out / "models" / f"{slug}.safetensors"
 
@@ -269,7 +269,7 @@ def run_baseline(
     if run.dry_run:
         print_sizes(run)
         return
-    missing = distributed.agree(not run.checkpoint.exists())
+    missing = distributed.broadcast(not run.checkpoint.exists())
     if missing and options.checkpoint is not None and not retrain:
         load_checkpoint(run)  # raises: a file that was named is not made by guessing
     for option, value in (("--training-steps", training_steps), ("--keep-every", keep_every)):
@@ -285,7 +285,7 @@ def run_baseline(
     if model.is_baseline:
         if not (missing or retrain):
             print(
-                f"found trained: {run.checkpoint} ({model.about['digits_seen']:,} digits seen); --retrain trains anew"
+                f"found trained: {run.checkpoint} ({model.metadata['digits_seen']:,} digits seen); --retrain trains anew"
             )
         table = fisher_table(run, model)
         print(report.format_tensors(model, table))

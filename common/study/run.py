@@ -61,7 +61,7 @@ def settle(options: argparse.Namespace) -> Run:
         torch.cuda.set_device(device.index or 0)
     name, why = options.preset, "--preset"
     if name is None and options.checkpoint is not None and options.checkpoint.exists():
-        name, why = read_checkpoint(options.checkpoint).about.get("preset"), "the checkpoint's"
+        name, why = read_checkpoint(options.checkpoint).metadata.get("preset"), "the checkpoint's"
         if name not in PRESETS:
             raise UserError(f"--checkpoint {options.checkpoint}: made with preset {name}, unknown here; give --preset")
     if name is None:

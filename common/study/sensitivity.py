@@ -172,6 +172,6 @@ def main():
     path = run.out / FILE
     if distributed.rank() == 0:
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-    distributed.wait()
+    distributed.barrier()
     print(format_sensitivity(path))
     print(f"\nkept in {path}")

@@ -25,24 +25,24 @@ def train_baseline(run: Run, keep_every: int | None = None) -> Model:
     precision = training_precision(run.device)
     print(cost_estimate(run))
     print(f"training in {precision}; state in {state_path}, so the same command continues after an interruption")
-    about = {"preset": run.preset_name, "weights": "ema", "training": asdict(run.training), "precision": precision}
+    metadata = {"preset": run.preset_name, "weights": "ema", "training": asdict(run.training), "precision": precision}
 
     def keep(step: int, ema: dict[str, torch.Tensor]) -> None:
         due = keep_every and step % keep_every == 0 and step < run.training.steps
         if due and distributed.rank() == 0:
             seen = step * run.training.batch_size
             label = {"label": f"FP32 after {seen:,} digits", "digits_seen": seen}
-            save_model(kept_file(run, seen), full_precision(run.preset.network, ema, about | label))
+            save_model(kept_file(run, seen), full_precision(run.preset.network, ema, metadata | label))
 
     state, losses = train(UNet(run.preset.network), run.training, digits, state_path, run.device, precision, keep)
     width = max(1, len(losses) // 200)
     curve = [sum(losses[i : i + width]) / len(losses[i : i + width]) for i in range(0, len(losses), width)]
-    about |= {
+    metadata |= {
         "label": "Baseline (FP32)",
         "digits_seen": run.training.steps * run.training.batch_size,
         "loss_curve": [round(loss, 6) for loss in curve],
     }
-    model = full_precision(run.preset.network, state, about)
+    model = full_precision(run.preset.network, state, metadata)
     if distributed.rank() == 0:
         save_model(run.checkpoint, model)
         sealed.remove(state_path)
@@ -92,7 +92,7 @@ def find_baseline(run: Run, model: Model) -> Model | None:
     path = preset_checkpoint(run.preset_name)
     if path.exists():
         baseline = load_model(path)
-        if baseline.sha256 == model.about.get("baseline"):
+        if baseline.sha256 == model.metadata.get("baseline"):
             return baseline
     print(f"{path} is not the baseline of {run.checkpoint}: no differences to it are given")
     return None

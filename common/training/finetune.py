@@ -51,7 +51,7 @@ def finetune(
         latent[name] = nn.Parameter((own.detach() / lattice[name]).clamp(codes - INSIDE, codes + INSIDE))
     optimizer = torch.optim.Adam(latent.values(), lr=PEAK_RATE, betas=(0.9, 0.999))
     done, saved_at = 0, time.monotonic()
-    if distributed.agree(state_path.exists()):
+    if distributed.broadcast(state_path.exists()):
         done = _load_state(state_path, latent, optimizer)
     for i in tqdm(range(done, updates), desc="finetuning", initial=done, total=updates, unit="step"):
         x0, t, noise = draw(i)
@@ -68,7 +68,7 @@ def finetune(
         if distributed.rank() == 0 and (time.monotonic() - saved_at > SAVE_SECONDS or i + 1 == updates):
             _save_state(state_path, i + 1, latent, optimizer if i + 1 < updates else None)
             saved_at = time.monotonic()
-    distributed.wait()
+    distributed.barrier()
     return {name: (u.detach() * lattice[name]).cpu() for name, u in latent.items()}
 
 

@@ -112,7 +112,7 @@ def train(
     }
 
     steps_done = 0
-    if distributed.agree(state_path.exists()):
+    if distributed.broadcast(state_path.exists()):
         steps_done = _load_state(state_path, run, parameters, ema, optimizers, losses)
     images = digits.to(device)
     order = EpochOrder(len(digits), config.batch_size, config.seed)
