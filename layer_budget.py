@@ -12,11 +12,11 @@ with all that is in it.
 """
 
 from common.errors import run_main
-from common.options import bounded_float, positive_int, strategy_parser
+from common.options import bounded_float, number, positive_int, strategy_parser
 
 
 def main():
-    parser = strategy_parser(__doc__)
+    parser = strategy_parser(__doc__, formats=False)
     sizes = parser.add_mutually_exclusive_group(required=True)
     sizes.add_argument(
         "--size", type=bounded_float(1e-6, 1e6, 0.8), nargs="+", metavar="MIB", help="of the file, at most"
@@ -31,7 +31,7 @@ def main():
         metavar="N",
         help="also rows whose codes were then trained for N updates of 64 digits; some hundreds and more",
     )
-    parser.set_defaults(fisher_timestep="image")
+    parser.set_defaults(timestep_weighting="image")
     options = parser.parse_args()
     if options.times and "auto" in options.times and len(options.times) > 1:
         parser.error("argument --times: auto stands alone")
@@ -44,14 +44,14 @@ def main():
     from common.study.budget_models import build
     from common.study.pipeline import run_models
 
-    def models(run, bench, baseline):
+    def models(run, evaluator, baseline):
         if options.size:
-            limits = {f"{size:g} MiB": int(size * MIB) for size in options.size}
+            limits = {f"{number(size)} MiB": int(size * MIB) for size in options.size}
         elif "auto" in options.times:
             limits = {}
         else:
-            limits = {f"{times:g}x": int(baseline.size_mib() * MIB / times) for times in options.times}
-        return build(run, bench, baseline, options.coding, limits, options.finetune, options.controls)
+            limits = {f"{number(times)}x": int(baseline.size_mib() * MIB / times) for times in options.times}
+        return build(run, evaluator, baseline, options.coding, limits, options.finetune, options.controls)
 
     run_models(options, models)
 

@@ -10,7 +10,7 @@ from functools import partial
 
 from common.choose.rules import below_layer_threshold
 from common.errors import run_main
-from common.options import bounded_float, strategy_parser
+from common.options import bounded_float, number, strategy_parser
 
 PUBLISHED = {0.5: (23.16, 81.57)}
 
@@ -27,10 +27,10 @@ def main():
     from common.study.pipeline import Choice, run_strategy
 
     if options.k:
-        choices = [Choice("Math k", f"{k:g}", partial(below_layer_threshold, alpha=0, k=k)) for k in options.k]
+        choices = [Choice("Math k", number(k), partial(below_layer_threshold, alpha=0, k=k)) for k in options.k]
     else:
         choices = [
-            Choice("Math alpha", f"{alpha:g}", partial(below_layer_threshold, alpha=alpha), PUBLISHED.get(alpha))
+            Choice("Math alpha", number(alpha), partial(below_layer_threshold, alpha=alpha), PUBLISHED.get(alpha))
             for alpha in options.alpha
         ]
     run_strategy(options, choices)

@@ -8,7 +8,7 @@ from functools import partial
 
 from common.choose.rules import below_top_ratio
 from common.errors import run_main
-from common.options import bounded_float, strategy_parser
+from common.options import bounded_float, number, strategy_parser
 
 PUBLISHED = {0.25: (22.42, 102.26)}
 
@@ -23,7 +23,7 @@ def main():
     from common.study.pipeline import Choice, run_strategy
 
     choices = [
-        Choice("Ratio", f"{ratio:g}", partial(below_top_ratio, ratio=ratio), PUBLISHED.get(ratio))
+        Choice("Ratio", number(ratio), partial(below_top_ratio, ratio=ratio), PUBLISHED.get(ratio))
         for ratio in options.ratio
     ]
     run_strategy(options, choices)

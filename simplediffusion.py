@@ -1,22 +1,22 @@
 """The baseline: train (or resume, or find it trained), then images, Fisher information, FID and size.
 
 python simplediffusion.py                        # preset paper where CUDA is available, else quick
-python simplediffusion.py --preset quick --retrain
+python simplediffusion.py --preset quick --retrain --checkpoint results/quick/baseline.safetensors
 python simplediffusion.py --preset paper --dry-run
 python simplediffusion.py --preset paper --training-steps 2000
-python simplediffusion.py --checkpoint results/quick/models/uniform-fp16.safetensors
+python simplediffusion.py --checkpoint PACKED_FILE              # a quantized model's row, from its file alone
 """
 
 from common.errors import run_main
-from common.options import positive_int, script_parser
+from common.options import file_name, positive_int, script_parser
 
 
 def main():
-    parser = script_parser(__doc__)
+    parser = script_parser(__doc__, formats=True)
     parser.add_argument(
         "--retrain",
         action="store_true",
-        help="train anew and replace --checkpoint, or continue a training that was stopped",
+        help="train anew and write --checkpoint, or continue a training that was stopped",
     )
     parser.add_argument(
         "--training-steps", type=positive_int, metavar="N", help="of the training, if any; default: the preset's"
@@ -24,11 +24,14 @@ def main():
     parser.add_argument(
         "--keep-every", type=positive_int, metavar="N", help="keep the weights each N steps of the training, if any"
     )
+    parser.add_argument(
+        "--baseline", type=file_name, metavar="FILE", help="what a packed --checkpoint came from; default: the preset's"
+    )
     options = parser.parse_args()
 
     from common.study.pipeline import run_baseline
 
-    run_baseline(options, options.retrain, options.training_steps, options.keep_every)
+    run_baseline(options, options.retrain, options.training_steps, options.keep_every, options.baseline)
 
 
 if __name__ == "__main__":

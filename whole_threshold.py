@@ -10,7 +10,7 @@ from functools import partial
 
 from common.choose.rules import below
 from common.errors import run_main
-from common.options import bounded_float, strategy_parser
+from common.options import bounded_float, number, strategy_parser
 
 # The poster's global threshold, 71.48 MiB; its FID stems from 100 images and compares with nothing.
 PUBLISHED = {1.0: (None, 71.48)}
@@ -26,7 +26,7 @@ def main():
     from common.study.pipeline import Choice, run_strategy
 
     choices = [
-        Choice("Threshold", f"{threshold:g}", partial(below, threshold=threshold), PUBLISHED.get(threshold))
+        Choice("Threshold", number(threshold), partial(below, threshold=threshold), PUBLISHED.get(threshold))
         for threshold in options.threshold
     ]
     run_strategy(options, choices)

@@ -2,8 +2,13 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+
+class UserError(ValueError):
+    """Bad input or surroundings: shown as one line, without a traceback."""
 
 
 def is_first_process() -> bool:
@@ -11,28 +16,36 @@ def is_first_process() -> bool:
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
 
 
-class UserError(ValueError):
-    """Bad input or surroundings: shown as one line, without a traceback."""
-
-
 def run_main(main: Callable[[], None]) -> None:
-    """Runs a script's main; a UserError becomes one line and exit code 1.
+    """Runs a script's main; a UserError or OSError becomes one line and exit code 1, after its traceback where --debug
+    is given.
 
     Where torchrun started several processes, the first speaks for all.
     """
     if not is_first_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, until the process ends
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+    program = Path(sys.argv[0]).name
     try:
         main()
-    except UserError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}" if is_first_process() else 1)
-    except OSError as error:  # a full disk, a folder that vanished: may be of one process, and needs no traceback
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except (UserError, OSError) as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        if isinstance(error, UserError) and not is_first_process():
+            sys.exit(1)
+        sys.exit(f"{program}: error: {describe(error)}")  # a full disk may be of one process alone
     except KeyboardInterrupt:
         if not is_first_process():
             sys.exit(1)
         sys.exit("interrupted; training and sampling continue where they stopped when the command is given again")
+
+
+def describe(error: Exception) -> str:
+    """The error in one line; of the system's errors the file, the reason, and what may help."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error) or type(error).__name__
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror}; nothing was lost: mend that or name another file, then give the command again"
 
 
 def moved(command: str) -> None:

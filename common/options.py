@@ -1,12 +1,20 @@
-"""The options that all scripts share. No torch, so that --help and errors in options answer at once."""
+"""The options that scripts share, their types and errors. No torch, so that --help answers at once."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import is_first_process
 from common.presets import FORMATS, PRESETS
+
+MOST_IMAGES = 10_000_000
+LARGEST_SEED = 2**64 - 1  # keys of the noise are of 64 bits
+# How Fisher values are averaged over timesteps: those of timestep 1 alone, all alike, or by what an error of the
+# predicted noise does to the finished image.
+TIMESTEP_WEIGHTINGS = ("first", "uniform", "image")
+FORMER_WEIGHTINGS = {"1": "first", "all": "uniform", "image": "image"}  # of --fisher-timestep, until version 2
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,6 +23,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         kwargs.setdefault("prog", Path(sys.argv[0]).name)
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+        self.add_argument("--debug", action="store_true", help="show where an error arose, not one line alone")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n" if is_first_process() else None)
@@ -27,15 +36,19 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
-def positive_int(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """An argparse type: a whole number in low..high, in the digits 0 to 9."""
+
+    def parse(text: str) -> int:
+        digits = text.removeprefix("-")
+        if not (digits.isascii() and digits.isdigit() and len(digits) < 30 and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+positive_int = whole_number(1, 1_000_000_000)
 
 
 def bounded_float(low: float, high: float, example: float) -> Callable[[str], float]:
@@ -43,9 +56,9 @@ def bounded_float(low: float, high: float, example: float) -> Callable[[str], fl
 
     def parse(text: str) -> float:
         try:
-            value = float(text)
+            value = float(text) if text.isascii() and not set(text) & set("_ \t\n") else math.nan
         except ValueError:
-            value = float("nan")
+            value = math.nan
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not a number in {low:g}..{high:g}; give one such as {example:g}"
@@ -55,24 +68,42 @@ def bounded_float(low: float, high: float, example: float) -> Callable[[str], fl
     return parse
 
 
-def script_parser(description: str, quantizes: bool = True, samples: bool = True) -> Parser:
-    """The options that the scripts share; without those of quantization or of sampling for scripts that do neither.
+def file_name(text: str) -> Path:
+    """An argparse type: the name of a file or folder."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a file or folder")
+    return Path(text)
 
-    Defaults of None are filled from the preset by `run.settle`.
+
+def number(value: float) -> str:
+    """The shortest text that is this number and no other: labels of two numbers differ."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+def script_parser(description: str, *, formats: bool = False, fisher: bool = False, samples: bool = True) -> Parser:
+    """The options that the scripts share, with --format, --timestep-weighting and those of sampling where they are
+    used.
+
+    Defaults of None are filled from the preset by `run.resolve`.
     """
     parser = Parser(description=description)
     model = parser.add_argument_group("model and data")
     model.add_argument("--preset", choices=PRESETS, help="default: paper where CUDA is available, else quick")
-    model.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: checkpoints/<preset>.safetensors")
+    model.add_argument("--checkpoint", type=file_name, metavar="FILE", help="default: checkpoints/<preset>.safetensors")
     model.add_argument("--data", choices=("mnist", "mnist5k"), help="default: what the preset trains on")
-    model.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="holds MNIST/raw")
+    model.add_argument("--data-dir", type=file_name, default=Path("data"), metavar="DIR", help="holds MNIST/raw")
     model.add_argument("--device", default=None, help="cpu, cuda or cuda:N; default: cuda where available, else cpu")
     model.add_argument(
-        "--seed", type=int, default=0, help="of the sampling: the noise of image i depends on (seed, i) alone"
+        "--seed",
+        type=whole_number(0, LARGEST_SEED),
+        default=0,
+        metavar="N",
+        help="of the sampling: the noise of image i depends on (seed, i) alone",
     )
-    parser.set_defaults(format="fp16", fisher_timestep="1")
-    if quantizes:
-        _add_quantization(parser.add_argument_group("quantization"))
+    parser.set_defaults(format="fp16", timestep_weighting="first")
+    if formats or fisher:
+        _add_quantization(parser.add_argument_group("quantization"), formats, fisher)
     parser.set_defaults(
         samples=samples, images=None, sampler=None, steps=None, eta=None, batch_size=None, precision="fp32",
         metric="mnist", inception_weights=None,
@@ -81,24 +112,43 @@ def script_parser(description: str, quantizes: bool = True, samples: bool = True
         _add_sampling(parser.add_argument_group("sampling"))
         metrics = parser.add_argument_group("metrics")
         metrics.add_argument("--metric", choices=("mnist", "inception"), help="whose features FID, KID and score use")
-        metrics.add_argument("--inception-weights", type=Path, metavar="FILE", help="default: download them")
+        metrics.add_argument("--inception-weights", type=file_name, metavar="FILE", help="default: download them")
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, metavar="DIR", help="default: results/<preset>")
+    output.add_argument("--out", type=file_name, metavar="DIR", help="default: results/<preset>")
     output.add_argument("--dry-run", action="store_true", help="print configuration, sizes and cost; run nothing")
     return parser
 
 
-def _add_quantization(group) -> None:
-    group.add_argument("--format", choices=FORMATS[1:], help="what tensors become that are quantized")
-    group.add_argument(
-        "--fisher-timestep",
-        choices=("1", "all", "image"),
-        help="Fisher values of timestep 1, their mean over all, or that weighted by what an error does to the image",
-    )
+def _add_quantization(group, formats: bool, fisher: bool) -> None:
+    if formats:
+        group.add_argument("--format", choices=FORMATS[1:], help="what tensors become that are quantized")
+    if fisher:
+        group.add_argument(
+            "--timestep-weighting",
+            choices=TIMESTEP_WEIGHTINGS,
+            help="Fisher values of timestep 1, their mean, or that weighted by what an error does to the image",
+        )
+        group.add_argument(
+            "--fisher-timestep",
+            dest="timestep_weighting",
+            type=_former_weighting,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
+
+
+def _former_weighting(text: str) -> str:
+    """An argparse type: what --timestep-weighting is called where --fisher-timestep, its name until version 2, says
+    it."""
+    if text not in FORMER_WEIGHTINGS:
+        raise argparse.ArgumentTypeError(f"{text!r}: is now --timestep-weighting {'|'.join(TIMESTEP_WEIGHTINGS)}")
+    return FORMER_WEIGHTINGS[text]
 
 
 def _add_sampling(group) -> None:
-    group.add_argument("--images", type=positive_int, metavar="N", help="of each model; default: the preset's")
+    group.add_argument(
+        "--images", type=whole_number(1, MOST_IMAGES), metavar="N", help="of each model; default: the preset's"
+    )
     group.add_argument("--sampler", choices=("ddpm", "ddim", "dpm++"), help="default: the preset's")
     group.add_argument(
         "--steps", type=positive_int, metavar="N", help="of ddim and dpm++; default: the preset's; ddpm takes all 1000"
@@ -107,17 +157,20 @@ def _add_sampling(group) -> None:
         "--eta", type=bounded_float(0, 1, 0.5), metavar="ETA", help="fresh noise of DDIM, 0..1; default: the preset's"
     )
     group.add_argument(
-        "--batch-size", type=positive_int, metavar="N", help="images sampled at once; default: 50 on a CPU, 250 on CUDA"
+        "--batch-size",
+        type=whole_number(1, 100_000),
+        metavar="N",
+        help="images sampled at once; default: 50 on a CPU, 250 on CUDA",
     )
     group.add_argument("--precision", choices=("fp32", "bf16"), help="of the network when sampling")
 
 
-def strategy_parser(description: str) -> Parser:
+def strategy_parser(description: str, *, formats: bool = True) -> Parser:
     """`script_parser`, and what the scripts of the rules share."""
-    parser = script_parser(description)
+    parser = script_parser(description, formats=formats, fisher=True)
     parser.add_argument(
         "--controls",
-        type=positive_int,
+        type=whole_number(1, 1000),
         metavar="N",
         help="after each row, rows of its size without Fisher information: N random choices, by magnitude, uniform",
     )

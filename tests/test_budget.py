@@ -18,6 +18,7 @@ from common.formats import entropy
 from common.formats.numbers import stored_bytes
 from common.formats.packed import MIB, file_bytes, full_precision, load_model, save_model
 from common.study import budget_models
+from common.study.budget_models import EntropyCoding, FixedWidths
 from common.study.run import preset_checkpoint
 
 
@@ -176,11 +177,12 @@ def test_the_file_keeps_to_its_size_and_repeats_its_weights(script, coding):
 @pytest.mark.parametrize("coding", ["entropy", "fixed"])
 def test_twenty_sizes_from_the_smallest_to_fp32_are_kept_to(tiny_network, coding, tmp_path):
     baseline = full_precision(tiny_network.config, tiny_network.state_dict(), {})
-    least, most = budget_models.smallest(baseline, coding, {}), int(baseline.size_mib() * MIB)
+    allocator = {"entropy": EntropyCoding(baseline, {}), "fixed": FixedWidths(baseline)}[coding]
+    least, most = allocator.smallest({}), int(baseline.size_mib() * MIB)
     values = dict.fromkeys(baseline.state, 1.0)
     errors = []
     for limit in np.geomspace(least, most, 20).astype(int).tolist():
-        model = budget_models.CODINGS[coding](baseline, values, {}, limit, {})
+        model = allocator.fit(limit, values, {})
         save_model(tmp_path / "model", model)
         assert (tmp_path / "model").stat().st_size == file_bytes(model) <= limit
         errors.append(sum(float((model.state[n] - w).square().sum()) for n, w in baseline.state.items()))
@@ -190,11 +192,12 @@ def test_twenty_sizes_from_the_smallest_to_fp32_are_kept_to(tiny_network, coding
 def test_other_values_are_the_same_numbers_elsewhere_or_none():
     weights = {"a": torch.tensor([1.0, -3.0]), "b": torch.zeros(2), "c": torch.ones(2)}
     values = {"a": 1.0, "b": 2.0, "c": 3.0}
-    others = budget_models.other_values(weights, values, 0, 4)
-    assert others["unweighted"] == {"a": 1.0, "b": 1.0, "c": 1.0}
-    assert others["magnitude"] == {"a": 5.0, "b": 1e-30, "c": 1.0}
-    draws = [others[f"random {i}"] for i in range(1, 5)]
+    others = {(which, draw): other for which, draw, other in budget_models.other_values(weights, values, 0, 4)}
+    assert others["unweighted", None] == {"a": 1.0, "b": 1.0, "c": 1.0}
+    assert others["magnitude", None] == {"a": 5.0, "b": 1e-30, "c": 1.0}
+    draws = [others["random", i] for i in range(1, 5)]
     assert all(sorted(draw.values()) == [1.0, 2.0, 3.0] for draw in draws) and any(draw != values for draw in draws)
+    assert not list(budget_models.other_values(weights, values, 0, 0))
 
 
 @pytest.mark.parametrize("coding", ["entropy", "fixed"])
@@ -237,7 +240,7 @@ def test_finetuning_goes_with_entropy_coding(script, capfd):
 
 
 def test_auto_tries_finetuned_models_where_finetuning_is_asked_for(script, monkeypatch):
-    monkeypatch.setattr(budget_models, "search", lambda run, bench, baseline, make, most: [make(9)])
+    monkeypatch.setattr(budget_models, "search", lambda acceptable, most: (acceptable(9), None))
     (row,) = script("--times", "auto", "--finetune", "3")
     assert row["label"] == "Budget 9x, 3 updates (entropy)"
 
@@ -250,24 +253,13 @@ def test_size_or_times_is_asked_for(script, capfd):
 
 
 @pytest.mark.parametrize("jump", [13.7, 16.3, 31.0, 1.2])
-def test_auto_finds_where_the_difference_passes_its_error(monkeypatch, capsys, jump):
-    """With models whose FID jumps at a factor that is known."""
-    from types import SimpleNamespace
-
-    from common.metrics.scores import Estimate
-
-    spread = np.array([-1.0, 1.0, -1.0, 1.0])  # a standard error of 0.58
-
-    def measure(run, bench, times):
-        fid = Estimate(1.0 + (0.5 if times < jump else 0.7) * (times > 0), spread * (times > 0))
-        return SimpleNamespace(scores=SimpleNamespace(fid=fid))
-
-    monkeypatch.setattr(budget_models, "measure", measure)
-    tried = budget_models.search(None, None, 0, lambda times: times, 300.0)
-    assert tried == sorted(tried)
-    within, beyond = max(t for t in tried if t < jump), min(t for t in tried if t >= jump)
+def test_search_finds_where_models_cease_to_be_acceptable(jump):
+    tried = []
+    within, beyond = budget_models.search(lambda times: tried.append(times) or times < jump, 300.0)
+    assert within in tried and beyond in tried and within < jump <= beyond
     assert 1 < beyond / within <= 1.06
-    assert f"standard error of FP32's: {within:g}; the next tried, {beyond:g}, is not" in capsys.readouterr().out
+    said = budget_models.describe_search(within, beyond, dict.fromkeys(tried))
+    assert f"standard error of FP32's: {within:g}; the next tried, {beyond:g}, is not" in said
 
 
 def test_a_tensor_that_the_loss_does_not_reach_costs_nothing():
@@ -279,24 +271,18 @@ def test_a_tensor_that_the_loss_does_not_reach_costs_nothing():
     assert not found["unused"].any() and (found["used"] - weights["used"]).abs().max() < 0.2
 
 
-def test_auto_stops_where_there_is_nothing_smaller_or_nothing_within(monkeypatch, capsys):
-    from types import SimpleNamespace
-
-    from common.metrics.scores import Estimate
-
-    difference = 0.0
-
-    def measure(run, bench, times):
-        fid = Estimate(difference * (times > 0), np.array([-1.0, 1.0]) * (times > 0))
-        return SimpleNamespace(scores=SimpleNamespace(fid=fid))
-
-    monkeypatch.setattr(budget_models, "measure", measure)
-    assert budget_models.search(None, None, 0, lambda times: times, 21.0) == [16.0, 20.0]
-    assert ": 20; nothing larger was tried" in capsys.readouterr().out
-    difference = 9.0
-    assert min(budget_models.search(None, None, 0, lambda times: times, 1.5)) >= 1
-    assert "no factor that was tried, 1.2, 1.5, keeps within" in capsys.readouterr().out
-    assert max(budget_models.search(None, None, 0, lambda times: times, 14.853)) <= 14.853
+def test_search_stops_where_there_is_nothing_smaller_or_nothing_acceptable():
+    tried = []
+    assert budget_models.search(lambda times: tried.append(times) or True, 21.0) == (20.0, None)
+    assert tried == [16.0, 20.0]
+    assert ": 20; nothing larger was tried" in budget_models.describe_search(20.0, None, dict.fromkeys(tried))
+    tried = []
+    assert budget_models.search(lambda times: tried.append(times) or False, 1.5) == (None, 1.2)
+    assert tried == [1.5, 1.2]
+    said = budget_models.describe_search(None, 1.2, dict.fromkeys(tried))
+    assert "no factor that was tried, 1.2, 1.5, keeps within" in said
+    budget_models.search(lambda times: tried.append(times) or times < 14.8, 14.853)
+    assert max(tried) <= 14.853
 
 
 @pytest.mark.parametrize("times", [("auto", "10"), ("0.5",), ("nan",), ("some",)])

@@ -7,6 +7,7 @@ from common.choose.layers import layer_weights
 from common.formats.packed import full_precision, size_mib
 from common.options import strategy_parser
 from common.study import pipeline
+from common.study.run import resolve
 
 
 def test_takes_what_fits_in_order():
@@ -35,10 +36,10 @@ def test_nearest_format_by_size():
 
 def test_control_models_are_about_as_large(tiny_preset, tiny_network):
     baseline = full_precision(tiny_network.config, tiny_network.state_dict(), {"label": "Baseline (FP32)"})
-    run = pipeline.settle(strategy_parser("").parse_args(["--preset", "quick", "--device", "cpu", "--format", "int4"]))
+    run = resolve(strategy_parser("").parse_args(["--preset", "quick", "--device", "cpu", "--format", "int4"]))
     names = [name for name in layer_weights(baseline.state) if "layer5" in name or "layer2" in name]
-    chosen = baseline.quantize(names, "int4", pipeline.about_row(run, baseline, "Ratio", "0.5", None))
-    models = pipeline.control_models(run, baseline, chosen, 2)
+    chosen = baseline.quantize(names, "int4", pipeline.quantized_metadata(run, baseline, "Ratio", "0.5"))
+    models = list(pipeline.control_models(run, baseline, chosen, 2))
     labels = [model.metadata["label"] for model in models]
     assert labels[:3] == [f"{kind} as Ratio 0.5 (INT4)" for kind in ("Random 1", "Random 2", "Smallest weights")]
     smallest_saving = 1e-4  # MiB, of the weights of a GroupNorm

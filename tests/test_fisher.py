@@ -18,7 +18,7 @@ from common.formats.packed import full_precision
 from common.options import script_parser
 from common.runtime import sealed
 from common.study import diffusion_fisher
-from common.study.run import settle
+from common.study.run import start
 
 
 def one_backward_per_sample(network, loss, samples):
@@ -332,7 +332,7 @@ def run_and_model(tiny_preset, tiny_network, monkeypatch):
     monkeypatch.setattr(diffusion_fisher, "FISHER_GRID", 2)
     options = script_parser("").parse_args(["--preset", "quick", "--device", "cpu"])
     model = full_precision(tiny_network.config, tiny_network.state_dict(), {"label": "Baseline (FP32)"})
-    return settle(options), model
+    return start(options), model
 
 
 def forbid_measuring(monkeypatch):

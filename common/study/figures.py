@@ -15,13 +15,14 @@ from common.choose.layers import by_layer, layer_weights
 from common.ddpm.sampling import load_images
 from common.fisher import information
 from common.formats.packed import Model, load_model
+from common.study.rows import BASELINE, REAL, Figure, Row
 
 SHOWN_IMAGES = 12
 MARKERS = ("o", "s", "^")  # of the first ten colours, the next, ...
 GROUPS = {"layers 1-2": "12", "layers 3-6": "3456"}
 
 
-def draw_all(folder: Path, groups: list[list[dict]], only: str = "") -> list[Path]:
+def draw_all(folder: Path, groups: list[list[Row]], only: str = "") -> list[Path]:
     """Draws what the rows and files of `folder` allow, of the figures whose names begin with `only`; returns their
     paths."""
     figures = folder / "figures"
@@ -42,7 +43,7 @@ def draw_all(folder: Path, groups: list[list[dict]], only: str = "") -> list[Pat
         keep(f"fid-ratio{suffix}", draw_fid_against_ratio, rows)
         keep(f"learning-curve{suffix}", draw_learning_curve, rows)
     for path in sorted(
-        {row["file"] for rows in groups for row in rows if row.get("strategy") == "Baseline" and "file" in row}
+        {row.file for rows in groups for row in rows if row.strategy == BASELINE and row.file and row.digits_seen}
     ):
         if not Path(path).exists():
             continue
@@ -58,9 +59,9 @@ def draw_all(folder: Path, groups: list[list[dict]], only: str = "") -> list[Pat
     return drawn
 
 
-def draw_samples(rows: list[dict]):
+def draw_samples(rows: list[Row]):
     """The first images of each model; one column, one noise."""
-    shown = [(r["label"], load_images(Path(r["image_file"]))) for r in rows if Path(r.get("image_file", "")).is_file()]
+    shown = [(r.label, load_images(Path(r.image_file))) for r in rows if r.image_file and Path(r.image_file).is_file()]
     if not shown:
         return None
     strips = [(label, torch.cat(list(images[:SHOWN_IMAGES]), dim=1).numpy()) for label, images in shown]
@@ -73,24 +74,24 @@ def draw_samples(rows: list[dict]):
     return figure
 
 
-def draw_fid_against_size(rows: list[dict]):
+def draw_fid_against_size(rows: list[Row]):
     """FID, and PSNR to the FP32 images, against the size of the file, with one standard error; the band is that of
     real test digits."""
-    measured = [r | {"mib": r.get("file_mib", r["size_mib"]), "by": _strategy(r)} for r in rows if r.get("size_mib")]
+    measured = [row for row in rows if row.size_mib]
     if len(measured) < 2:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.5))
     for axis, key in zip(axes, ("fid", "psnr"), strict=True):
-        for colour, strategy in enumerate(dict.fromkeys(r["by"] for r in measured)):
-            chosen = [r for r in measured if r["by"] == strategy and key in r]
-            axis.errorbar(
-                [r["mib"] for r in chosen], [r[key] for r in chosen], [r[f"{key}_error"] for r in chosen],
-                fmt=MARKERS[colour // 10], capsize=3, color=f"C{colour % 10}", label=strategy,
+        for colour, kind in enumerate(dict.fromkeys(map(_drawn_as, measured))):
+            chosen = [row for row in measured if _drawn_as(row) == kind and getattr(row, key)]
+            _errorbar(
+                axis, [(row.file_mib or row.size_mib, getattr(row, key)) for row in chosen],
+                fmt=MARKERS[colour // 10], color=f"C{colour % 10}", label=kind,
             )  # fmt: skip
         axis.set(xlabel="MiB of the file", xscale="log")
         axis.grid(alpha=0.3, which="both")
     _band_of_real_digits(axes[0], rows)
-    axes[0].set(ylabel=f"FID ({rows[0]['metric']})", yscale="log")
+    axes[0].set(ylabel=f"FID ({rows[0].settings.metric})", yscale="log")
     axes[1].set(ylabel="PSNR to the FP32 images, dB")
     for axis in axes:
         _plain_ticks(axis)
@@ -99,61 +100,57 @@ def draw_fid_against_size(rows: list[dict]):
     return figure
 
 
-def draw_fid_against_ratio(rows: list[dict]):
+def draw_fid_against_ratio(rows: list[Row]):
     """FID against the ratio that stays FP32, one line for each format and Fisher timestep."""
-    ratios = [r for r in rows if r.get("strategy") == "Ratio"]
+    ratios = sorted((row for row in rows if row.strategy == "Ratio"), key=lambda row: float(row.setting))
     if len(ratios) < 2:
         return None
     figure, axis = plt.subplots(figsize=(7, 4.5))
-    lines: dict[str, list[dict]] = {}
-    for row in ratios:  # by what the label says beside the ratio: the format, and the Fisher timestep if another
-        lines.setdefault(row["label"].replace(f" {row['setting']}", "", 1), []).append(row)
-    for label, chosen in lines.items():
-        chosen.sort(key=lambda r: float(r["setting"]))
-        axis.errorbar(
-            [float(r["setting"]) for r in chosen], [r["fid"] for r in chosen], [r["fid_error"] for r in chosen],
-            fmt="o-", capsize=3, label=label,
+    for fmt, weighting in dict.fromkeys((row.format, row.timestep_weighting) for row in ratios):
+        chosen = [row for row in ratios if (row.format, row.timestep_weighting) == (fmt, weighting)]
+        _errorbar(
+            axis, [(float(row.setting), row.fid) for row in chosen],
+            fmt="o-", label=f"Ratio ({fmt.upper()}, Fisher values: {weighting})",
         )  # fmt: skip
     _band_of_real_digits(axis, rows)
-    axis.set(xlabel="ratio of each layer's weights that stays FP32", ylabel=f"FID ({rows[0]['metric']})")
+    axis.set(xlabel="ratio of each layer's weights that stays FP32", ylabel=f"FID ({rows[0].settings.metric})")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     return figure
 
 
-def draw_learning_curve(rows: list[dict]):
+def draw_learning_curve(rows: list[Row]):
     """FID of the baseline as it was trained, against the digits that it had seen."""
-    curve = sorted((r for r in rows if r.get("digits_seen")), key=lambda r: r["digits_seen"])
+    curve = sorted((row for row in rows if row.digits_seen), key=lambda row: row.digits_seen)
     if len(curve) < 2:
         return None
     figure, axis = plt.subplots(figsize=(7, 4.5))
-    axis.errorbar(
-        [r["digits_seen"] for r in curve], [r["fid"] for r in curve], [r["fid_error"] for r in curve],
-        fmt="o-", capsize=3, label="averaged weights",
-    )  # fmt: skip
+    _errorbar(axis, [(row.digits_seen, row.fid) for row in curve], fmt="o-", label="averaged weights")
     _band_of_real_digits(axis, rows)
-    axis.set(xlabel="digits seen", ylabel=f"FID ({rows[0]['metric']})", yscale="log")
+    axis.set(xlabel="digits seen", ylabel=f"FID ({rows[0].settings.metric})", yscale="log")
     _plain_ticks(axis)
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3, which="both")
     return figure
 
 
-def _strategy(row: dict) -> str:
-    """What a row is drawn as: budgets by coding, kind and Fisher timestep, random draws as one, the others by their
-    rule."""
-    if row["strategy"] == "Budget":
-        kind = row["setting"].partition(", ")[2]
-        kind = "finetuned" if "updates" in kind else kind.rstrip("0123456789 ")
-        timestep = row["label"].partition(", Fisher ")[2].rstrip(")")  # where it is not that of the rule
-        return ", ".join(filter(None, ["Budget", row["format"], kind, timestep]))
-    return "Random" if row["strategy"].startswith("Random ") else row["strategy"]
+def _drawn_as(row: Row) -> str:
+    """What a row is drawn as: budgets by coding, variant and the weighting of timesteps, the others by their rule."""
+    if row.strategy != "Budget":
+        return row.strategy
+    weighting = None if row.timestep_weighting == "image" else f"Fisher values: {row.timestep_weighting}"
+    return ", ".join(filter(None, ["Budget", row.format, row.variant, weighting]))
 
 
-def _band_of_real_digits(axis, rows: list[dict]) -> None:
+def _errorbar(axis, points: list[tuple[float, Figure]], **style) -> None:
+    x, y = [x for x, _ in points], [figure.value for _, figure in points]
+    axis.errorbar(x, y, [figure.error for _, figure in points], capsize=3, **style)
+
+
+def _band_of_real_digits(axis, rows: list[Row]) -> None:
     for row in rows:
-        if row["label"].startswith("Real"):
-            axis.axhspan(row["fid"] - row["fid_error"], row["fid"] + row["fid_error"], color="0.8", label=row["label"])
+        if row.strategy == REAL:
+            axis.axhspan(row.fid.value - row.fid.error, row.fid.value + row.fid.error, color="0.8", label=row.label)
 
 
 def _plain_ticks(axis) -> None:

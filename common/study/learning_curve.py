@@ -12,36 +12,35 @@ from common.options import script_parser
 
 
 def main():
-    options = script_parser(__doc__, quantizes=False).parse_args()
+    options = script_parser(__doc__).parse_args()
 
     from common.runtime import distributed
-    from common.study import report
-    from common.study.pipeline import baseline_row, make_bench, measure, measured_row, real_rows
-    from common.study.run import print_sizes, read_checkpoint, settle
-    from common.training.baseline import kept_file, load_baseline
+    from common.study.baselines import load_baseline
+    from common.study.evaluate import baseline_row, make_evaluator, measured_row, real_rows, settings_of
+    from common.study.report import format_table
+    from common.study.run import read_checkpoint, start
+    from common.training.baseline import kept_file
 
-    run = settle(options)
-    if run.dry_run:
-        print_sizes(run)
-        return
+    run = start(options)
     baseline = load_baseline(run)
-    pattern = kept_file(run, "*")
-    kept = sorted(
-        map(read_checkpoint, pattern.parent.glob(pattern.name)), key=lambda model: model.metadata["digits_seen"]
-    )
+    pattern = kept_file(run.checkpoint, "*")
+    begin, end = pattern.name.split("*")
+    names = sorted(path for path in pattern.parent.iterdir() if path.name.startswith(begin) and path.name.endswith(end))
+    kept = {path: read_checkpoint(path) for path in names}
     if not kept:
         raise UserError(f"{pattern}: no such file; simplediffusion.py --retrain --keep-every N makes them")
-    for model in kept:
+    for path, model in kept.items():
         if model.metadata["training"] != baseline.metadata["training"]:
-            raise UserError(
-                f"{kept_file(run, model.metadata['digits_seen'])} is of another training than {run.checkpoint}; delete it"
-            )
-    bench = make_bench(run)
-    end = measure(run, bench, baseline)
-    rows = [*real_rows(run, bench, baseline.sha256), baseline_row(run, bench, baseline, end, run.checkpoint)]
-    for model in kept:
-        row = measured_row(run, bench, baseline, model.metadata["label"], measure(run, bench, model), end)
-        rows.append(row | {"digits_seen": model.metadata["digits_seen"]})
+            raise UserError(f"{path} is of another training than {run.checkpoint}; delete it")
+    evaluator = make_evaluator(run)
+    settings, final = settings_of(run, evaluator, baseline.sha256), evaluator.measure(baseline)
+    rows = [
+        *real_rows(run, evaluator, baseline.sha256),
+        baseline_row(settings, baseline, final, run.checkpoint),
+    ]
+    for model in sorted(kept.values(), key=lambda model: model.metadata["digits_seen"]):
+        about = {"strategy": "Training", "digits_seen": model.metadata["digits_seen"]}
+        rows.append(measured_row(settings, model.metadata["label"], evaluator.measure(model), final, **about))
     if distributed.rank() == 0:
-        report.add_rows(run.out / "results.jsonl", rows)
-    print(report.format_table(rows))
+        run.results.add(rows)
+    print(format_table(rows))

@@ -6,67 +6,20 @@ python -m common report --preset quick --frontier     # draws FID and PSNR again
 python -m common report --preset quick --sensitivity  # prints the tables of python -m common sensitivity
 """
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 
 from common.errors import UserError
-from common.options import Parser
+from common.options import Parser, file_name
 from common.presets import PRESETS
-from common.runtime.sealed import write_atomically
-
-# Rows that share these can stand in one table.
-SETTINGS = (
-    "preset",
-    "baseline",
-    "metric",
-    "data",
-    "sampler",
-    "steps",
-    "eta",
-    "images",
-    "seed",
-    "precision",
-    "batch_size",
-    "device",
-    "torch",
-)
+from common.study.rows import BASELINE, Figure, ResultStore, Row, group_rows
 
 COLUMNS = [
     "Model", "FID", "FID - FP32", "KID x1000", "Score", "PSNR dB", "MiB", "smaller", "file MiB", "published FID, MiB",
 ]  # fmt: skip
 
 
-def add_rows(path: Path, rows: list[dict]) -> None:
-    """Adds rows to the JSON lines of `path`; a row of the same label, weights and settings is replaced."""
-    lines = {_identity(row): row for row in read_rows(path, absent_is_empty=True)}
-    lines |= {_identity(row): row for row in rows}
-    write_atomically(path, "".join(json.dumps(row, sort_keys=True) + "\n" for row in lines.values()).encode())
-
-
-def read_rows(path: Path, absent_is_empty: bool = False) -> list[dict]:
-    """The rows of a results.jsonl. Raises UserError where it is damaged, or missing unless `absent_is_empty`."""
-    if not path.exists():
-        if absent_is_empty:
-            return []
-        raise UserError(
-            f"{path}: no such file; python simplediffusion.py makes the first rows, with this --preset and --out"
-        )
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        for row in rows:
-            _identity(row)
-        return rows
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged or of an earlier version ({error}); move it away and run the scripts again"
-        ) from None
-
-
-def _identity(row: dict) -> tuple:
-    return (row["label"], row.get("weights"), *(row[key] for key in SETTINGS))
-
-
-def format_table(rows: list[dict]) -> str:
+def format_table(rows: list[Row]) -> str:
     """Rows of the same settings as text, under a header that names the features, the data and the sampling."""
     table = [COLUMNS] + [_cells(row, rows) for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -75,7 +28,7 @@ def format_table(rows: list[dict]) -> str:
         for line in table
     ]
     foot = ""
-    if any(row.get("published") for row in rows):
+    if any(row.published for row in rows):
         foot = (
             "\npublished: at the paper size, Inception features; its FIDs are of the unquantized weights "
             "(README, what differs) and compare with no column here"
@@ -83,57 +36,56 @@ def format_table(rows: list[dict]) -> str:
     return f"\n{describe(rows[0])}\n" + "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]) + foot
 
 
-def format_markdown(rows: list[dict]) -> str:
+def format_markdown(rows: list[Row]) -> str:
     """The table as Markdown, without the published column where it is empty."""
     table = [COLUMNS] + [_cells(row, rows) for row in rows]
-    if not any(row.get("published") for row in rows):
+    if not any(row.published for row in rows):
         table = [line[:-1] for line in table]
     lines = ["| " + " | ".join(line) + " |" for line in table]
     return "\n".join([f"\n{describe(rows[0])}", "", lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 
-def describe(row: dict) -> str:
+def describe(row: Row) -> str:
     """What the rows of a table share: features, data and sampling."""
     return (
         "Preset {preset}, baseline {baseline:.8}; {metric}; reference: {data} training digits; {images} images, "
         "{sampler} {steps} steps, eta {eta:g}, seed {seed}, sampled in {precision} on {device}, batch {batch_size}; "
         "errors: 1 standard error"
-    ).format(**row)
+    ).format(**asdict(row.settings))
 
 
-def _cells(row: dict, rows: list[dict]) -> list[str]:
-    baseline_size = next((other["size_mib"] for other in rows if other["label"].startswith("Baseline")), None)
+def _cells(row: Row, rows: list[Row]) -> list[str]:
+    baseline_size = next((other.size_mib for other in rows if other.strategy == BASELINE), None)
 
-    def figure(key: str, digits: int, factor: float = 1.0) -> str:
-        if row.get(key) is None:
-            return "-"
-        return f"{factor * row[key]:.{digits}f} ± {factor * row[key + '_error']:.{digits}f}"
+    def size(mib: float | None) -> str:
+        return "-" if mib is None else f"{mib:.2f}" if mib >= 10 else f"{mib:.3f}"
 
-    size, file = row.get("size_mib"), row.get("file_mib")
-    published = row.get("published")
+    def figure(value: Figure | None, digits: int, factor: float = 1.0) -> str:
+        return "-" if value is None else value.text(digits, factor)
+
     return [
-        row["label"],
-        figure("fid", 3),
-        figure("fid_difference", 4),
-        figure("kid", 2, 1000),
-        figure("inception_score", 3),
-        figure("psnr", 1),
-        "-" if size is None else f"{size:.2f}" if size >= 10 else f"{size:.3f}",
-        "-" if not size or not baseline_size else f"{1 - size / baseline_size:.2%}",
-        "-" if file is None else f"{file:.2f}" if file >= 10 else f"{file:.3f}",
-        "-" if published is None else f"{'-' if published[0] is None else f'{published[0]:.2f}'}, {published[1]:.2f}",
+        row.label,
+        figure(row.fid, 3),
+        figure(row.fid_difference, 4),
+        figure(row.kid, 2, 1000),
+        figure(row.inception_score, 3),
+        figure(row.psnr, 1),
+        size(row.size_mib),
+        "-" if not row.size_mib or not baseline_size else f"{1 - row.size_mib / baseline_size:.2%}",
+        size(row.file_mib),
+        "-" if row.published is None else ", ".join("-" if v is None else f"{v:.2f}" for v in row.published),
     ]
 
 
-def format_kept(rows: list[dict]) -> str:
+def format_kept(rows: list[Row]) -> str:
     """Which weights of layers 1 to 6 each quantized row keeps in FP32 (entropy coding: none), by layer."""
     lines = []
     for row in rows:
-        if row.get("strategy", "Baseline") == "Baseline" or row["format"] == "entropy":
+        if row.kept is None or row.strategy == BASELINE or row.format == "entropy":
             continue
-        total = sum(map(len, row["kept"].values()))
-        lines.append(f"\n{row['label']} keeps {total} of 58 weights of layers 1 to 6 in FP32" + (":" if total else ""))
-        lines += [f"  {layer}: {', '.join(names)}" for layer, names in row["kept"].items() if names]
+        total = sum(map(len, row.kept.values()))
+        lines.append(f"\n{row.label} keeps {total} of 58 weights of layers 1 to 6 in FP32" + (":" if total else ""))
+        lines += [f"  {layer}: {', '.join(names)}" for layer, names in row.kept.items() if names]
     return "\n".join(lines)
 
 
@@ -154,31 +106,35 @@ def format_tensors(model, table) -> str:
     return "\n".join(lines)
 
 
-def group_rows(rows: list[dict]) -> list[list[dict]]:
-    """Rows by their settings, in the order of first appearance; real digits first, then the baseline."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in SETTINGS), []).append(row)
-    order = {"Real": 0, "Base": 1, "Unif": 2}
-    return [sorted(group, key=lambda row: order.get(row["label"][:4], 3)) for group in groups.values()]
-
-
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument("--preset", choices=PRESETS, default="quick", help="which of results/<preset> to read")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the scripts' --out; default: results/<preset>")
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="which of results/<preset> to read; default: paper where CUDA is available, else quick",
+    )
+    parser.add_argument("--out", type=file_name, metavar="DIR", help="the scripts' --out; default: results/<preset>")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--markdown", action="store_true", help="tables alone, as Markdown")
     only.add_argument("--frontier", action="store_true", help="FID and PSNR against the size of the file alone")
     only.add_argument("--sensitivity", action="store_true", help="what python -m common sensitivity measured alone")
     options = parser.parse_args()
-    folder = options.out or Path("results") / options.preset
+
+    from common.study.run import choose_preset
+
+    folder = options.out or Path("results") / choose_preset(options.preset, None)[0]
     if options.sensitivity:
         from common.study.sensitivity import FILE, format_sensitivity
 
         print(format_sensitivity(folder / FILE))
         return
-    groups = group_rows(read_rows(folder / "results.jsonl"))
+    rows = ResultStore(folder / "results.jsonl").rows()
+    if not rows:
+        raise UserError(
+            f"{folder / 'results.jsonl'}: no rows there; python simplediffusion.py makes the first, "
+            "with this --preset and --out"
+        )
+    groups = group_rows(rows)
     for group in [] if options.frontier else groups:
         print(format_markdown(group) if options.markdown else format_table(group))
     if options.markdown:

@@ -1,6 +1,8 @@
 """A run: the scripts' options with every default filled in and checked, and what it will cost."""
 
 import argparse
+import errno
+import os
 import shutil
 import tempfile
 import time
@@ -16,8 +18,8 @@ from common.errors import UserError
 from common.formats.packed import MIB, Model, load_model, size_mib, tensor_shapes
 from common.presets import PRESETS, Preset, TrainingConfig
 from common.runtime import distributed
-from common.runtime.device import autocast, bf16_is_faster, choose_device, set_up_torch
-from common.study import report
+from common.runtime.device import autocast, bf16_is_faster, choose_device, device_name, set_up_torch
+from common.study.rows import ResultStore
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 
@@ -29,50 +31,48 @@ def preset_checkpoint(preset_name: str) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """Options with every default filled in, checked."""
+    """Options with every default filled in, checked. why: what decided the preset."""
 
     preset_name: str
+    why: str
     preset: Preset
     training: TrainingConfig
     checkpoint: Path
     data: str
     data_dir: Path
     fmt: str
-    fisher_timestep: int | str
+    timestep_weighting: str
+    device: torch.device
     sampling: Sampling
+    samples: bool
     metric: str
     inception_weights: Path | None
     out: Path
     dry_run: bool
 
     @property
-    def device(self) -> torch.device:
-        return torch.device(self.sampling.device)
+    def fisher_timestep(self) -> int | str:
+        """`timestep_weighting` as `FisherTable` knows it."""
+        return {"first": 1, "uniform": "all", "image": "image"}[self.timestep_weighting]
+
+    @property
+    def results(self) -> ResultStore:
+        return ResultStore(self.out / "results.jsonl")
 
 
-def settle(options: argparse.Namespace) -> Run:
-    """Fills defaults, checks everything that can be checked before any work, and prints what will be used and why.
+def resolve(options: argparse.Namespace) -> Run:
+    """Fills defaults and checks all that options alone can say; changes nothing.
 
     Raises UserError naming the option, its value and the remedy.
     """
-    set_up_torch()
-    device = distributed.start(choose_device(options.device))
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
-    name, why = options.preset, "--preset"
-    if name is None and options.checkpoint is not None and options.checkpoint.exists():
-        name, why = read_checkpoint(options.checkpoint).metadata.get("preset"), "the checkpoint's"
-        if name not in PRESETS:
-            raise UserError(f"--checkpoint {options.checkpoint}: made with preset {name}, unknown here; give --preset")
-    if name is None:
-        name, why = ("paper", "CUDA is available") if torch.cuda.is_available() else ("quick", "no CUDA device here")
+    device = choose_device(options.device)
+    name, why = choose_preset(options.preset, options.checkpoint)
     preset = PRESETS[name]
     few = "dpm++" if options.steps and preset.sampler == "ddpm" else preset.sampler
     implied = few if options.eta is None else "ddim"
     sampler = options.sampler or implied
     timesteps = preset.network.timesteps
-    default_steps = timesteps if sampler == "ddpm" else preset.steps
-    steps = options.steps or default_steps
+    steps = options.steps or (timesteps if sampler == "ddpm" else preset.steps)
     if sampler == "ddpm" and steps != timesteps:
         raise UserError(f"--steps {steps}: --sampler ddpm takes all {timesteps} steps; use --sampler dpm++ for fewer")
     if steps > timesteps:
@@ -81,8 +81,6 @@ def settle(options: argparse.Namespace) -> Run:
         raise UserError(f"--eta {options.eta:g}: goes with --sampler ddim only")
     if options.inception_weights is not None and options.metric != "inception":
         raise UserError(f"--inception-weights {options.inception_weights}: goes with --metric inception only")
-    if not 0 <= options.seed < 2**64:
-        raise UserError(f"--seed {options.seed}: must lie in 0..2^64 - 1")
     sampling = Sampling(
         images=options.images or preset.images,
         sampler=sampler,
@@ -90,40 +88,76 @@ def settle(options: argparse.Namespace) -> Run:
         eta=1.0 if sampler != "ddim" else preset.eta if options.eta is None else options.eta,
         batch_size=options.batch_size or (250 if device.type == "cuda" else 50),
         seed=options.seed,
-        device=device.type,
+        device=device_name(device),
         precision=options.precision,
     )
-    run = Run(
+    return Run(
         preset_name=name,
+        why=why,
         preset=preset,
         training=replace(preset.training, data=options.data or preset.training.data),
         checkpoint=options.checkpoint or preset_checkpoint(name),
         data=options.data or preset.training.data,
         data_dir=options.data_dir,
         fmt=options.format,
-        fisher_timestep=int(options.fisher_timestep) if options.fisher_timestep == "1" else options.fisher_timestep,
+        timestep_weighting=options.timestep_weighting,
+        device=device,
         sampling=sampling,
+        samples=options.samples,
         metric=options.metric,
         inception_weights=options.inception_weights,
         out=options.out or Path("results") / name,
         dry_run=options.dry_run,
     )
+
+
+def choose_preset(asked: str | None, checkpoint: Path | None) -> tuple[str, str]:
+    """The preset's name, and why it is that. Raises UserError where the checkpoint is of none that is known."""
+    if asked is not None:
+        return asked, "--preset"
+    if checkpoint is not None and checkpoint.exists():
+        name = read_checkpoint(checkpoint).metadata.get("preset")
+        if name not in PRESETS:
+            raise UserError(f"--checkpoint {checkpoint}: made with preset {name}, unknown here; give --preset")
+        return name, "the checkpoint's"
+    return ("paper", "CUDA is available") if torch.cuda.is_available() else ("quick", "no CUDA device here")
+
+
+def start(options: argparse.Namespace) -> Run:
+    """`resolve`, and then what a run begins with: sets up torch, joins the processes, says what will be used and why,
+    and checks the folders that will be written. Under --dry-run prints sizes and cost instead, and ends the program."""
+    set_up_torch()
+    run = resolve(options)
+    run = replace(run, device=distributed.start(run.device))
     threads, processes = torch.get_num_threads(), distributed.processes()
     workers = f"{threads} threads" if processes == 1 else f"{processes} processes of {threads} threads"
-    print(f"preset {name} ({why}); {device.type}, {workers}, torch {torch.__version__}")
-    if options.samples:
+    print(f"preset {run.preset_name} ({run.why}); {run.sampling.device}, {workers}, torch {torch.__version__}")
+    if run.samples:
         print(
-            f"{sampling.images} images, {sampling.method}, batch {sampling.batch_size}, {sampling.precision}, "
-            f"seed {sampling.seed}; data {run.data}; format {run.fmt}; Fisher timestep {run.fisher_timestep}; "
-            f"{run.out}/"
+            f"{run.sampling.images} images, {run.sampling.method}, batch {run.sampling.batch_size}, "
+            f"{run.sampling.precision}, seed {run.sampling.seed}; data {run.data}; {run.out}/"
         )
-    if not run.dry_run:
-        report.read_rows(run.out / "results.jsonl", absent_is_empty=True)
-        require_writable("--out", run.out, needed_mib=32 * size_mib(preset.network, {}))
+    if run.dry_run:
+        print_sizes(run)
+        raise SystemExit(0)
+    run.results.rows()  # raises where the file is damaged
+    images_mib = 2 * run.sampling.images / 1024 if run.samples else 0  # of one model, whole and in parts
+    require_writable("--out", run.out, needed_mib=32 * size_mib(run.preset.network, {}) + images_mib)
+    if run.samples:
+        require_memory(run.sampling.images)
     return run
 
 
+def require_memory(images: int) -> None:
+    """Raises UserError where images and their features (about 3 KiB each) would not fit in this machine's memory."""
+    needed = 3 * images / 1024
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / MIB
+    if needed > there:
+        raise UserError(f"--images {images}: takes {needed:,.0f} MiB of memory, {there:,.0f} are there; give fewer")
+
+
 def require_writable(option: str, folder: Path, needed_mib: float) -> None:
+    """Makes the folder. Raises UserError where files cannot be made in it, or where the disk has too little room."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -197,9 +231,14 @@ def training_precision(device: torch.device) -> str:
     return "bf16" if bf16_is_faster(device) else "fp32"
 
 
-def read_checkpoint(path: Path) -> Model:
-    """The model of a file that is there. Raises UserError naming --checkpoint."""
+def read_checkpoint(path: Path, option: str = "--checkpoint") -> Model:
+    """The model of a file. Raises UserError naming the option where it cannot be read, or is none."""
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{option} {path}: is not a file; name a model's file")
         return load_model(path)
     except OSError as error:
-        raise UserError(f"--checkpoint {path}: cannot be read ({error.strerror})") from None
+        remedy = "give the name of a file that is there" if error.errno == errno.ENOENT else "name another file"
+        raise UserError(f"{option} {path}: cannot be read ({error.strerror}); {remedy}") from None
+    except UserError as error:
+        raise UserError(f"{option} {error}" if not str(error).startswith(option) else str(error)) from None

@@ -27,7 +27,7 @@ from common.formats.packed import Model, tensor_shapes
 from common.options import positive_int, script_parser
 from common.presets import FORMATS
 from common.runtime.device import derive_seed
-from common.runtime.sealed import write_atomically
+from common.runtime.files import write_atomically
 
 FILE = "sensitivity.jsonl"  # in --out
 BOOTSTRAP = 2_000
@@ -133,22 +133,19 @@ def format_sensitivity(path: Path) -> str:
 
 
 def main():
-    parser = script_parser(__doc__, quantizes=False, samples=False)
+    parser = script_parser(__doc__, samples=False)
     parser.add_argument("--formats", choices=FORMATS[1:], nargs="+", default=["int8", "int4", "int2"])
     parser.add_argument("--digits", type=positive_int, default=200, help="held-out digits whose loss is measured")
     options = parser.parse_args()
 
     from common.runtime import distributed
+    from common.study.baselines import load_baseline
     from common.study.diffusion_fisher import fisher_table
-    from common.study.run import print_sizes, settle
-    from common.training.baseline import load_baseline
+    from common.study.run import start
 
     if options.digits < 2:
         parser.error("argument --digits: 1 is too few for a standard error; give at least 2")
-    run = settle(options)
-    if run.dry_run:
-        print_sizes(run)
-        return
+    run = start(options)
     model = load_baseline(run)
     table = fisher_table(run, model)
     digits = load_digits(run.data, "test", run.data_dir)

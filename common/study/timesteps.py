@@ -10,7 +10,6 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from common.ddpm.sampling import generate
 from common.options import script_parser
 
 PARTS = 4
@@ -35,31 +34,29 @@ class InOnePart(nn.Module):
 
 
 def main():
-    options = script_parser(__doc__).parse_args()
+    options = script_parser(__doc__, formats=True).parse_args()
 
-    from common.metrics.scores import score
     from common.runtime import distributed
-    from common.study import report
-    from common.study.pipeline import Measured, make_bench, make_row, measure, measured_row, uniform
-    from common.study.run import print_sizes, settle
-    from common.training.baseline import load_baseline
+    from common.study.baselines import load_baseline
+    from common.study.evaluate import baseline_row, make_evaluator, measured_row, settings_of
+    from common.study.pipeline import uniform
+    from common.study.report import format_table
+    from common.study.run import start
 
-    run = settle(options)
-    if run.dry_run:
-        print_sizes(run)
-        return
+    run = start(options)
     baseline = load_baseline(run)
-    bench = make_bench(run)
-    reference = measure(run, bench, baseline)
+    evaluator = make_evaluator(run)
+    original = evaluator.measure(baseline)
     quantized = uniform(run, baseline)
-    rows = [make_row(run, bench, baseline, reference, None)]
+    settings = settings_of(run, evaluator, baseline.sha256)
+    rows = [baseline_row(settings, baseline, original, run.checkpoint)]
     for first, last in parts_of(baseline.config.timesteps):
         label = f"{run.fmt.upper()} at timesteps {first}..{last} alone"
         network = InOnePart(quantized.network(), baseline.network(), first, last)
         weights = f"{quantized.sha256}, {first}..{last}; {baseline.sha256}"
-        images = generate(network, weights, run.sampling, run.out / "images", label)
-        part = Measured(weights, images, score(images, bench.network, bench.reference))
-        rows.append(measured_row(run, bench, baseline, label, part, reference))
-    if distributed.rank() == 0:
-        report.add_rows(run.out / "results.jsonl", rows[1:])
-    print(report.format_table(rows))
+        part = evaluator.measure_network(network, weights, label)
+        about = {"strategy": "Timesteps", "setting": f"{first}..{last}", "format": run.fmt}
+        rows.append(measured_row(settings, label, part, original, **about))
+        if distributed.rank() == 0:
+            run.results.add(rows[-1:])
+    print(format_table(rows))

@@ -1,98 +1,74 @@
-"""The FP32 baseline of a run: trained, or found trained."""
+"""The FP32 baseline: a network trained on digits, from the first step to its file."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from common.ddpm.digits import load_digits
 from common.ddpm.unet import UNet
-from common.errors import UserError
-from common.formats.packed import Model, full_precision, load_model, save_model
-from common.runtime import distributed, sealed
-from common.runtime.sealed import CheckpointError
-from common.study.run import Run, cost_estimate, preset_checkpoint, read_checkpoint, training_precision
+from common.formats.packed import Model, full_precision, save_model
+from common.presets import TrainingConfig, UNetConfig
+from common.runtime import distributed
+from common.runtime.files import remove
 from common.training.loop import train
 
+CURVE_POINTS = 200  # of the losses that the file keeps, at the least
 
-def train_baseline(run: Run, keep_every: int | None = None) -> Model:
-    """Trains, or continues training, the preset's baseline; writes it to the checkpoint and returns it.
 
-    The averaged weights after each `keep_every` steps are kept beside it, as baselines of their own.
+def train_baseline(
+    network: UNetConfig,
+    training: TrainingConfig,
+    digits: torch.Tensor,
+    path: Path,
+    device: torch.device,
+    precision: str,
+    preset_name: str,
+    keep_every: int | None = None,
+) -> Model:
+    """Trains, or continues training, on `digits` (uint8, (N, 32, 32)); writes the model to `path` and returns it.
+
+    The averaged weights after each `keep_every` steps are kept beside it, as baselines of their own. Raises
+    TrainingError as `train` does.
     """
-    state_path = training_state_file(run)
-    digits = load_digits(run.data, "train", run.data_dir)
-    precision = training_precision(run.device)
-    print(cost_estimate(run))
+    state_path = training_state_file(path)
     print(f"training in {precision}; state in {state_path}, so the same command continues after an interruption")
-    metadata = {"preset": run.preset_name, "weights": "ema", "training": asdict(run.training), "precision": precision}
+    metadata = {"preset": preset_name, "weights": "ema", "training": asdict(training), "precision": precision}
 
     def keep(step: int, ema: dict[str, torch.Tensor]) -> None:
-        due = keep_every and step % keep_every == 0 and step < run.training.steps
+        due = keep_every and step % keep_every == 0 and step < training.steps
         if due and distributed.rank() == 0:
-            seen = step * run.training.batch_size
+            seen = step * training.batch_size
             label = {"label": f"FP32 after {seen:,} digits", "digits_seen": seen}
-            save_model(kept_file(run, seen), full_precision(run.preset.network, ema, metadata | label))
+            save_model(kept_file(path, seen), full_precision(network, ema, metadata | label))
 
-    state, losses = train(UNet(run.preset.network), run.training, digits, state_path, run.device, precision, keep)
-    width = max(1, len(losses) // 200)
+    state, losses = train(UNet(network), training, digits, state_path, device, precision, keep)
+    width = max(1, len(losses) // CURVE_POINTS)
     curve = [sum(losses[i : i + width]) / len(losses[i : i + width]) for i in range(0, len(losses), width)]
     metadata |= {
         "label": "Baseline (FP32)",
-        "digits_seen": run.training.steps * run.training.batch_size,
+        "digits_seen": training.steps * training.batch_size,
         "loss_curve": [round(loss, 6) for loss in curve],
     }
-    model = full_precision(run.preset.network, state, metadata)
+    model = full_precision(network, state, metadata)
     if distributed.rank() == 0:
-        save_model(run.checkpoint, model)
-        sealed.remove(state_path)
-    print(f"trained: last loss {curve[-1]:.4f}; {run.checkpoint}")
+        save_model(path, model)
+        remove(state_path)
+    print(f"trained: last loss {curve[-1]:.4f}; {path}")
     return model
 
 
-def training_state_file(run: Run) -> Path:
-    return run.checkpoint.with_suffix(".training.safetensors")
+def training_state_file(path: Path) -> Path:
+    """Where the training of the baseline at `path` keeps its state."""
+    return _beside(path, "training")
 
 
-def kept_file(run: Run, digits_seen: int | str) -> Path:
-    """Where training keeps the weights that have seen so many digits; with "*", the pattern of all."""
-    return run.checkpoint.with_suffix(f".after-{digits_seen}.safetensors")
+def kept_file(path: Path, digits_seen: int | str) -> Path:
+    """Where the training of the baseline at `path` keeps the weights that have seen so many digits; with "*", the
+    pattern of all."""
+    return _beside(path, f"after-{digits_seen}")
 
 
-def load_baseline(run: Run) -> Model:
-    """The FP32 model of --checkpoint. Raises UserError where it is missing, quantized or of another architecture."""
-    model = load_checkpoint(run)
-    if not model.is_baseline:
-        raise UserError(
-            f"--checkpoint {run.checkpoint} is quantized already; strategies start from an FP32 baseline: "
-            f"{preset_checkpoint(run.preset_name)}"
-        )
-    return model
-
-
-def load_checkpoint(run: Run) -> Model:
-    """The model of --checkpoint, of the preset's architecture. Raises UserError."""
-    if not run.checkpoint.exists():
-        raise UserError(
-            f"--checkpoint {run.checkpoint}: no such file; make the baseline with: "
-            f"python simplediffusion.py --preset {run.preset_name}"
-        )
-    model = read_checkpoint(run.checkpoint)
-    expected = replace(run.preset.network, dropout=model.config.dropout)
-    if model.config != expected:
-        raise CheckpointError(
-            f"--checkpoint {run.checkpoint} has another architecture, channels {model.config.channels}, than preset "
-            f"{run.preset_name}, {expected.channels}; give the --preset that made it"
-        )
-    return model
-
-
-def find_baseline(run: Run, model: Model) -> Model | None:
-    """The baseline that a packed model came from, where the preset's checkpoint is it."""
-    path = preset_checkpoint(run.preset_name)
-    if path.exists():
-        baseline = load_model(path)
-        if baseline.sha256 == model.metadata.get("baseline"):
-            return baseline
-    print(f"{path} is not the baseline of {run.checkpoint}: no differences to it are given")
-    return None
+def _beside(path: Path, what: str) -> Path:
+    """A file of its own for each `path`, dots in its name or not."""
+    stem, suffix = path.name.removesuffix(".safetensors"), ".safetensors" if path.name.endswith(".safetensors") else ""
+    return path.with_name(f"{stem}.{what}{suffix}")

@@ -1,0 +1,115 @@
+"""The baseline that a run starts from: found, checked, or trained."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from common.ddpm.digits import load_digits
+from common.errors import UserError
+from common.formats.packed import Model, load_model, size_mib
+from common.runtime import distributed
+from common.runtime.sealed import CheckpointError
+from common.study.run import (
+    Run,
+    cost_estimate,
+    preset_checkpoint,
+    read_checkpoint,
+    require_writable,
+    training_precision,
+)
+from common.training.baseline import train_baseline, training_state_file
+
+# Weights of the baselines that come with the software: no training replaces them.
+SHIPPED = ("4914ccb0",)
+
+
+def load_baseline(run: Run) -> Model:
+    """The FP32 model of --checkpoint. Raises UserError where it is missing, quantized or of another architecture."""
+    model = load_checkpoint(run)
+    if not model.is_baseline:
+        raise UserError(
+            f"--checkpoint {run.checkpoint} is quantized already; strategies start from an FP32 baseline: "
+            f"{preset_checkpoint(run.preset_name)}"
+        )
+    return model
+
+
+def load_checkpoint(run: Run) -> Model:
+    """The model of --checkpoint, of the preset's architecture. Raises UserError."""
+    if not os.path.lexists(run.checkpoint):
+        raise UserError(
+            f"--checkpoint {run.checkpoint}: no such file; make the baseline with: "
+            f"python simplediffusion.py --preset {run.preset_name}"
+        )
+    model = read_checkpoint(run.checkpoint)
+    expected = replace(run.preset.network, dropout=model.config.dropout)
+    if model.config != expected:
+        raise CheckpointError(
+            f"--checkpoint {run.checkpoint} has another architecture, channels {model.config.channels}, than preset "
+            f"{run.preset_name}, {expected.channels}; give the --preset that made it"
+        )
+    return model
+
+
+def original_of(run: Run, model: Model, named: Path | None) -> tuple[Model | None, Path]:
+    """The baseline that a packed model came from, and its file: `named` (--baseline), or else the preset's checkpoint
+    where it is that; none, and a line that says so, where it is not. Raises UserError where `named` is another."""
+    path = named or preset_checkpoint(run.preset_name)
+    if named or path.exists():
+        baseline = read_checkpoint(path, "--baseline")
+        if baseline.sha256 == model.metadata.get("baseline"):
+            return baseline, path
+    wanted = str(model.metadata.get("baseline"))[:8]
+    if named:
+        raise UserError(
+            f"--baseline {named}: its weights are {baseline.sha256[:8]}, and {run.checkpoint} came from {wanted}; "
+            "name the file that it was made of"
+        )
+    print(
+        f"{path} is not the baseline of {run.checkpoint} ({wanted}): no differences to it are given; "
+        "--baseline FILE names another"
+    )
+    return None, path
+
+
+def check_training(run: Run, named: bool) -> None:
+    """Raises UserError where training would replace what is not a baseline of one's own; `named`: by --checkpoint."""
+    path = run.checkpoint
+    if os.path.lexists(path):
+        if not path.is_file():
+            raise UserError(f"--checkpoint {path}: is there and not a file; name another")
+        try:
+            model = load_model(path)
+        except (OSError, UserError):
+            if named:
+                raise UserError(
+                    f"--checkpoint {path}: is not a baseline of this software, or damaged, and would be replaced; "
+                    "delete it first, or name another"
+                ) from None
+        else:
+            if not model.is_baseline:
+                raise UserError(f"--checkpoint {path}: is a quantized model and would be replaced; name another file")
+            if model.sha256.startswith(SHIPPED):
+                raise UserError(
+                    f"--retrain: {path} is the baseline that comes with the software; "
+                    "name a file for the new one: --checkpoint FILE"
+                )
+    state = training_state_file(path)
+    if os.path.lexists(state) and not state.is_file():
+        raise UserError(f"--checkpoint {path}: {state}, where its training would keep its state, is not a file")
+    require_writable("--checkpoint", path.parent, needed_mib=5 * size_mib(run.preset.network, {}))
+
+
+def train(run: Run, keep_every: int | None) -> Model:
+    """Trains, or continues training, the preset's network; writes it to --checkpoint and returns it."""
+    digits = load_digits(run.data, "train", run.data_dir)
+    print(cost_estimate(run))
+    return train_baseline(
+        run.preset.network, run.training, digits, run.checkpoint, run.device, training_precision(run.device),
+        run.preset_name, keep_every,
+    )  # fmt: skip
+
+
+def exists(run: Run) -> bool:
+    """Whether there is something at --checkpoint, as the first process sees it."""
+    return distributed.broadcast(os.path.lexists(run.checkpoint))

@@ -1,0 +1,159 @@
+"""Images of a model and their scores: every model of a study is sampled and measured alike."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from common.choose.layers import layer_of, layer_weights
+from common.ddpm.digits import load_digits
+from common.ddpm.sampling import Sampling, generate, image_file
+from common.formats.packed import MIB, Model
+from common.metrics.features import load_features
+from common.metrics.scores import Reference, Scores, describe, load_reference, psnr, require_enough, score
+from common.runtime.device import derive_seed
+from common.study.rows import BASELINE, REAL, Figure, Row, Settings
+from common.study.run import Run
+
+PUBLISHED_BASELINE = (22.7512, 134.2)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Images (uint8, (N, 32, 32)) of the weights of a hash, where they are kept, and their scores."""
+
+    weights: str
+    images: torch.Tensor
+    image_file: Path
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Samples and scores: how, on which device, with which features, against which digits. images: the folder where
+    they are kept."""
+
+    sampling: Sampling
+    device: torch.device
+    images: Path
+    features: nn.Module
+    reference: Reference
+
+    def measure(self, model: Model) -> Measured:
+        """Samples from the model, or reads its images back, and scores them."""
+        return self.measure_network(model.network(), model.sha256, model.metadata["label"])
+
+    def measure_network(self, network: nn.Module, weights: str, label: str) -> Measured:
+        """The same of any network in evaluation mode; `weights` names it and nothing else, `label` the progress bar."""
+        images = generate(network, weights, self.sampling, self.device, self.images, label)
+        return Measured(weights, images, image_file(self.images, self.sampling, weights), self.score(images))
+
+    def score(self, images: torch.Tensor) -> Scores:
+        """FID, KID and score of uint8 images (N, 32, 32)."""
+        return score(images, self.features, self.reference)
+
+
+def make_evaluator(run: Run) -> Evaluator:
+    """The feature network and the statistics of the training digits. Raises UserError for too few images."""
+    features = load_features(run.metric, run.device, run.inception_weights)
+    require_enough(run.sampling.images, features)
+    reference = load_reference(load_digits(run.data, "train", run.data_dir), features, run.out / "reference")
+    return Evaluator(run.sampling, run.device, run.out / "images", features, reference)
+
+
+def settings_of(run: Run, evaluator: Evaluator, baseline: str | None) -> Settings:
+    """What a row shares with those that it can be compared with; `baseline`: the hash of its weights."""
+    return Settings(
+        preset=run.preset_name,
+        baseline=baseline,
+        metric=describe(evaluator.features),
+        data=run.data,
+        torch=torch.__version__,
+        **asdict(evaluator.sampling),
+    )
+
+
+def real_rows(run: Run, evaluator: Evaluator, baseline: str | None) -> list[Row]:
+    """The row of as many real test digits as there are images: what a perfect model would score with as many. None, and
+    a line that says so, where there are too few digits for it."""
+    test = load_digits(run.data, "test", run.data_dir)
+    generator = torch.Generator().manual_seed(derive_seed(run.sampling.seed, "test digits"))
+    digits = test[torch.randperm(len(test), generator=generator)[: run.sampling.images]]
+    if len(digits) <= evaluator.features.dimensions:
+        print(f"{len(digits)} test digits in {run.data} are too few for a row of real digits: --data mnist")
+        return []
+    settings = settings_of(run, evaluator, baseline)
+    return [Row(f"{REAL} ({len(digits)})", settings, **figures(evaluator.score(digits)), strategy=REAL)]
+
+
+def baseline_row(settings: Settings, baseline: Model, measured: Measured, path: Path) -> Row:
+    """The row of the baseline, whose file is at `path`."""
+    return model_row(
+        settings, baseline, measured, None, path, file_mib=None, published=PUBLISHED_BASELINE,
+        digits_seen=baseline.metadata["digits_seen"],
+    )  # fmt: skip
+
+
+def model_row(
+    settings: Settings, model: Model, measured: Measured, baseline: Measured | None, path: Path, **more
+) -> Row:
+    """The row of a model whose packed file is at `path`, with differences to the images of `baseline`, if any.
+
+    What it is, its metadata say; `more` adds to the fields or replaces them.
+    """
+    said = model.metadata
+    same = baseline is None or baseline.weights == measured.weights
+    known = {
+        "strategy": said.get("strategy", BASELINE),
+        "format": said.get("format", "fp32"),
+        "published": tuple(said["published"]) if said.get("published") else None,
+        "file_mib": path.stat().st_size / MIB,
+        **{key: said[key] for key in ("setting", "variant", "draw", "updates", "timestep_weighting") if key in said},
+    }
+    return Row(
+        label=said["label"] + ("" if settings.precision == "fp32" else f" [{settings.precision}]"),
+        settings=settings,
+        weights=measured.weights,
+        size_mib=model.size_mib(),
+        file=str(path),
+        image_file=str(measured.image_file),
+        formats=model.formats,
+        kept=kept_by_layer(model),
+        **figures(measured.scores),
+        **({} if same else differences(measured, baseline)),
+        **(known | more),
+    )
+
+
+def measured_row(settings: Settings, label: str, measured: Measured, baseline: Measured, **more) -> Row:
+    """The row of images that no packed model made, with differences to the images of `baseline`."""
+    return Row(
+        label, settings, **figures(measured.scores), weights=measured.weights, **differences(measured, baseline), **more
+    )
+
+
+def figures(scores: Scores) -> dict[str, Figure]:
+    """{field of a row: value and error}."""
+    estimates = {"fid": scores.fid, "kid": scores.kid, "inception_score": scores.inception_score}
+    return {key: Figure(estimate.value, estimate.error) for key, estimate in estimates.items()}
+
+
+def differences(measured: Measured, baseline: Measured) -> dict[str, Figure]:
+    """{field of a row: value and error}: paired differences to the baseline's images of the same noise, and PSNR."""
+    found = {
+        f"{key}_difference": Figure(*getattr(measured.scores, key).minus(getattr(baseline.scores, key)))
+        for key in ("fid", "kid")
+    }
+    decibels, error = psnr(measured.images, baseline.images)
+    return found | {"psnr": Figure(decibels, error)} if np.isfinite(decibels) else found  # equal images have none
+
+
+def kept_by_layer(model: Model) -> dict[str, list[str]]:
+    """The weights of layers 1 to 6 that stay FP32, by layer."""
+    kept: dict[str, list[str]] = {f"layer{i}": [] for i in range(1, 7)}
+    for name in layer_weights(model.state):
+        if model.formats[name] == "fp32":
+            kept[layer_of(name)].append(name.split(".", 1)[1].removesuffix(".weight"))
+    return kept
