@@ -15,6 +15,10 @@ class UserError(ValueError):
     """Bad input or surroundings: shown as one line, without a traceback."""
 
 
+class WriteError(UserError):
+    """A file that cannot be written. Where several processes run it may befall one alone, which then speaks."""
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Runs a script's main; a UserError becomes one line and exit code 1.
 
@@ -26,8 +30,9 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}" if is_first_process() else 1)
-    except OSError as error:  # a full disk, a folder that vanished: may be of one process, and needs no traceback
+        speaks = is_first_process() or isinstance(error, WriteError)
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}" if speaks else 1)
+    except OSError as error:  # a folder that vanished: may be of one process, and needs no traceback
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     except KeyboardInterrupt:
         if not is_first_process():

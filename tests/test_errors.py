@@ -458,11 +458,11 @@ def test_out_without_space(refused, baseline, monkeypatch, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_disk_that_fills_up_on_the_way(refused, baseline, monkeypatch, script):
     def full(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("common.runtime.sealed.tempfile.mkstemp", full)
+    monkeypatch.setattr("common.runtime.files.tempfile.mkstemp", full)
     message = refused(script, *QUICK)
-    assert "No space left on device" in message and "somewhere" in message
+    assert "cannot be written (No space left on device); free some space" in message and "results/" in message
 
 
 @pytest.mark.parametrize("below", ["file", "file/below"])

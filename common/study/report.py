@@ -12,7 +12,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.options import Parser
 from common.presets import PRESETS
-from common.runtime.sealed import write_atomically
+from common.runtime.files import write_atomically
 
 # Rows that share these can stand in one table.
 SETTINGS = (

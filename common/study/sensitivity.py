@@ -27,7 +27,7 @@ from common.formats.packed import Model, tensor_shapes
 from common.options import positive_int, script_parser
 from common.presets import FORMATS
 from common.runtime.device import derive_seed
-from common.runtime.sealed import write_atomically
+from common.runtime.files import write_atomically
 
 FILE = "sensitivity.jsonl"  # in --out
 BOOTSTRAP = 2_000

@@ -9,7 +9,7 @@ from common.ddpm.digits import load_digits
 from common.ddpm.unet import UNet
 from common.errors import UserError
 from common.formats.packed import Model, full_precision, load_model, save_model
-from common.runtime import distributed, sealed
+from common.runtime import distributed, files
 from common.runtime.sealed import CheckpointError
 from common.study.run import Run, cost_estimate, preset_checkpoint, read_checkpoint, training_precision
 from common.training.loop import train
@@ -45,7 +45,7 @@ def train_baseline(run: Run, keep_every: int | None = None) -> Model:
     model = full_precision(run.preset.network, state, metadata)
     if distributed.rank() == 0:
         save_model(run.checkpoint, model)
-        sealed.remove(state_path)
+        files.remove(state_path)
     print(f"trained: last loss {curve[-1]:.4f}; {run.checkpoint}")
     return model
 
