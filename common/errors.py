@@ -11,6 +11,10 @@ class UserError(ValueError):
     """Bad input or surroundings: shown as one line, without a traceback."""
 
 
+class WriteError(UserError):
+    """A file that cannot be written. Where several processes run it may befall one alone, which then speaks."""
+
+
 def is_first_process() -> bool:
     """False in the second and later processes that torchrun starts."""
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
@@ -31,9 +35,8 @@ def run_main(main: Callable[[], None]) -> None:
     except (UserError, OSError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        if isinstance(error, UserError) and not is_first_process():
-            sys.exit(1)
-        sys.exit(f"{program}: error: {describe(error)}")  # a full disk may be of one process alone
+        of_one = isinstance(error, WriteError | OSError)  # a full disk may befall one process alone
+        sys.exit(f"{program}: error: {describe(error)}" if of_one or is_first_process() else 1)
     except KeyboardInterrupt:
         if not is_first_process():
             sys.exit(1)

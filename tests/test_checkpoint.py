@@ -9,8 +9,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from common.runtime import sealed
-from common.runtime.sealed import CheckpointError, hash_tensors, load, save, write_atomically
+from common.errors import WriteError
+from common.runtime import files
+from common.runtime.files import write_atomically
+from common.runtime.sealed import CheckpointError, hash_tensors, load, save
 
 TENSORS = {
     "float": torch.tensor([[1.5, -2.25], [0.0, float("inf")]]),
@@ -154,8 +156,8 @@ def failing(*_, **__):
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch, call):
     path = tmp_path / "file"
     write_atomically(path, b"old")
-    monkeypatch.setattr(sealed.os, call, failing)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(files.os, call, failing)
+    with pytest.raises(WriteError, match=r"file: cannot be written \(No space left on device\); free some space"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
@@ -168,7 +170,7 @@ def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sealed.os, "fsync", interrupt)
+    monkeypatch.setattr(files.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
@@ -193,8 +195,8 @@ def test_the_file_is_whole_before_it_takes_its_name(tmp_path, monkeypatch):
         assert os.path.dirname(source) == os.path.dirname(target) == str(tmp_path)  # a rename within one disk
         replace(source, target)
 
-    monkeypatch.setattr(sealed.os, "fsync", watched_fsync)
-    monkeypatch.setattr(sealed.os, "replace", watched_replace)
+    monkeypatch.setattr(files.os, "fsync", watched_fsync)
+    monkeypatch.setattr(files.os, "replace", watched_replace)
     write_atomically(path, b"new")
     assert events[:2] == ["flushed", "renamed"]
     assert path.read_bytes() == b"new"
@@ -212,21 +214,21 @@ def test_removing_takes_what_killed_writes_left(tmp_path):
     others = [tmp_path / name for name in (".other.safetensors.abcd1234", "state.safetensors.bak", "other")]
     for other in [left, *others]:
         other.write_bytes(b"x")
-    sealed.remove(path)
+    files.remove(path)
     assert sorted(tmp_path.iterdir()) == sorted(others)
-    sealed.remove(path)  # nothing there is no error
+    files.remove(path)  # nothing there is no error
 
 
 def test_a_killed_write_leaves_a_name_that_removing_knows(tmp_path, monkeypatch):
     """The temporary name as a process that vanishes leaves it: no clean-up runs."""
     path = tmp_path / "state.safetensors"
-    monkeypatch.setattr(sealed.os, "replace", failing)
-    monkeypatch.setattr(sealed.Path, "unlink", lambda *_, **__: None)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(files.os, "replace", failing)
+    monkeypatch.setattr(files.Path, "unlink", lambda *_, **__: None)
+    with pytest.raises(WriteError, match="No space left"):
         write_atomically(path, b"new")
     monkeypatch.undo()
     assert len(list(tmp_path.iterdir())) == 1
-    sealed.remove(path)
+    files.remove(path)
     assert list(tmp_path.iterdir()) == []
 
 

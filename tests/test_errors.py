@@ -442,11 +442,11 @@ def test_out_without_space(refused, baseline, monkeypatch):
 
 def test_disk_that_fills_up_on_the_way(refused, baseline, monkeypatch):
     def full(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("common.runtime.files.tempfile.mkstemp", full)
     message = refused("layer_ratio", *QUICK)
-    assert "No space left on device" in message and "somewhere" in message
+    assert "cannot be written (No space left on device); free some space" in message and "results/" in message
 
 
 @pytest.mark.parametrize("below", ["file", "file/below"])

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import stat
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ def run_script(folder: str, network, arguments: tuple[str, ...], die_at_write: i
     import simplediffusion
     from common.errors import run_main
     from common.presets import PRESETS
-    from common.runtime import sealed
+    from common.runtime import files
     from common.study import pipeline, run
     from common.training import loop
 
@@ -44,13 +45,15 @@ def run_script(folder: str, network, arguments: tuple[str, ...], die_at_write: i
     writes, fsync = [], os.fsync
 
     def dying_fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            return fsync(descriptor)
         writes.append(descriptor)
         if len(writes) == die_at_write:
             os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
         fsync(descriptor)
 
-    sealed.os.fsync = dying_fsync
+    files.os.fsync = dying_fsync
     sys.argv = ["simplediffusion.py", "--preset", "quick", "--device", "cpu", "--batch-size", "100", *arguments]
     with (
         open(f"stdout{environment.get('RANK', '')}.txt", "w") as out,

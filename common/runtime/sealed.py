@@ -6,9 +6,7 @@ file with any byte changed is refused. Loading it can run no code.
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 
 from common.errors import UserError
+from common.runtime.files import write_atomically
 
 _KEY = "simplediffusion"
 _UNSEALED = b"0" * 64
@@ -25,30 +24,6 @@ _SEAL = re.compile(rb'\\"sha256\\": \\"([0-9a-f]{64})\\"')
 
 class CheckpointError(UserError):
     """A file that cannot be used; the message says which, why and what to do."""
-
-
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """The file is either as it was or complete: written under a temporary name, flushed to disk, renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def remove(path: Path) -> None:
-    """Deletes the file, and what writes of it that were killed have left behind."""
-    path.unlink(missing_ok=True)
-    for temporary in path.parent.glob(f".{path.name}.*"):
-        temporary.unlink(missing_ok=True)
 
 
 def save(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
