@@ -1,6 +1,7 @@
 """Two processes, as torchrun starts them, make the images and the rows of one."""
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -10,10 +11,26 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import files, finish, table
+import torch
+from tiny_runs import PROCESSES, files, finish, table
 
 from common.ddpm.sampling import Sampling, generate
+from common.errors import UserError
 from common.runtime import distributed
+
+
+def environments():
+    """What torchrun sets in each of two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 
 
 @pytest.fixture
@@ -21,19 +38,7 @@ def start_two(start):
     """Starts the script in two processes that share a folder."""
 
     def start_two(folder, *arguments):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = {
-            "TORCHELASTIC_RUN_ID": "test",
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        return [
-            start(folder, *arguments, environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(2)
-        ]
+        return [start(folder, *arguments, environment=environment) for environment in environments()]
 
     return start_two
 
@@ -122,6 +127,31 @@ def test_torchrun_starts_a_script():
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("2,203,") == 1
     assert "2 processes of" in result.stdout
+
+
+def share_a_result_and_an_error(environment, told):
+    os.environ.update(environment)
+    distributed.start(torch.device("cpu"))
+
+    def fail():
+        raise UserError(f"from process {distributed.rank()}")
+
+    result = distributed.on_first(lambda: {"rank": distributed.rank()})
+    try:
+        distributed.on_first(fail)
+    except UserError as error:
+        told.put((distributed.rank(), result, str(error)))
+
+
+def test_what_the_first_process_finds_or_raises_is_that_of_all():
+    told = PROCESSES.Queue()
+    processes = [PROCESSES.Process(target=share_a_result_and_an_error, args=(e, told)) for e in environments()]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert sorted(told.get() for _ in processes) == [(rank, {"rank": 0}, "from process 0") for rank in range(2)]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
