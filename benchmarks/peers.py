@@ -128,7 +128,7 @@ def main():
             if is_as_it_was(network.state_dict(), baseline.state):
                 failures.append(f"{name}: leaves the network as it was")
                 continue
-            images = generate(as_it_is(network.eval()), weights, run.sampling, run.out / "images", name)
+            images = generate(as_it_is(network.eval()), weights, run.sampling, run.device, run.out / "images", name)
         except Exception as error:  # whatever a package that is absent or cannot do it raises
             reason = (str(error) or type(error).__name__).splitlines()[0]
             failures.append(f"{name}: cannot: {type(error).__name__}: {reason[:120]}")

@@ -73,7 +73,7 @@ class Measured:
 def measure(run: Run, bench: Bench, model: Model) -> Measured:
     """Samples from the model, or reads its images back, and scores them."""
     weights, label = model.sha256, model.metadata["label"]
-    images = generate(model.network(), weights, run.sampling, run.out / "images", label)
+    images = generate(model.network(), weights, run.sampling, run.device, run.out / "images", label)
     return Measured(weights, images, score(images, bench.network, bench.reference))
 
 

@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.formats.packed import MIB, Model, load_model, size_mib, tensor_shapes
 from common.presets import PRESETS, Preset, TrainingConfig
 from common.runtime import distributed
-from common.runtime.device import autocast, bf16_is_faster, choose_device, set_up_torch
+from common.runtime.device import autocast, bf16_is_faster, choose_device, device_name, set_up_torch
 from common.study import report
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
@@ -39,15 +39,12 @@ class Run:
     data_dir: Path
     fmt: str
     fisher_timestep: int | str
+    device: torch.device
     sampling: Sampling
     metric: str
     inception_weights: Path | None
     out: Path
     dry_run: bool
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.sampling.device)
 
 
 def settle(options: argparse.Namespace) -> Run:
@@ -90,7 +87,7 @@ def settle(options: argparse.Namespace) -> Run:
         eta=1.0 if sampler != "ddim" else preset.eta if options.eta is None else options.eta,
         batch_size=options.batch_size or (250 if device.type == "cuda" else 50),
         seed=options.seed,
-        device=device.type,
+        device=distributed.broadcast(device_name(device)),
         precision=options.precision,
     )
     run = Run(
@@ -102,6 +99,7 @@ def settle(options: argparse.Namespace) -> Run:
         data_dir=options.data_dir,
         fmt=options.format,
         fisher_timestep=int(options.fisher_timestep) if options.fisher_timestep == "1" else options.fisher_timestep,
+        device=device,
         sampling=sampling,
         metric=options.metric,
         inception_weights=options.inception_weights,

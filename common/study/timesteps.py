@@ -57,7 +57,7 @@ def main():
         label = f"{run.fmt.upper()} at timesteps {first}..{last} alone"
         network = InOnePart(quantized.network(), baseline.network(), first, last)
         weights = f"{quantized.sha256}, {first}..{last}; {baseline.sha256}"
-        images = generate(network, weights, run.sampling, run.out / "images", label)
+        images = generate(network, weights, run.sampling, run.device, run.out / "images", label)
         part = Measured(weights, images, score(images, bench.network, bench.reference))
         rows.append(measured_row(run, bench, baseline, label, part, reference))
     if distributed.rank() == 0:
