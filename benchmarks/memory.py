@@ -32,7 +32,7 @@ def peak(work: str, preset_name: str, images: int) -> float:
 
         sampling = Sampling(images, "ddim", 1, 1.0, 50, 0, "cpu", "fp32")
         with TemporaryDirectory() as folder:
-            generate(network, "", sampling, Path(folder), work)
+            generate(network, "", sampling, torch.device("cpu"), Path(folder), work)
     elif work == "Fisher":
         from benchmarks.speed import fisher
 

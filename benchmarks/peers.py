@@ -9,9 +9,9 @@ disk. The rows join results.jsonl. A package that is not installed has a line to
 
 import io
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-from common.errors import run_main
+from common.errors import UserError, run_main
 from common.options import script_parser
 
 
@@ -95,52 +95,61 @@ def as_it_is(network):
 
 
 def main():
-    parser = script_parser(__doc__, quantizes=False)
-    options = parser.parse_args()
+    options = script_parser(__doc__).parse_args()
 
     import torch
 
     from common.ddpm.digits import load_digits
-    from common.ddpm.sampling import generate
     from common.ddpm.schedule import Schedule
     from common.formats.packed import MIB
-    from common.metrics.scores import score
-    from common.study import report
+    from common.runtime import distributed
+    from common.study.baselines import load_baseline
     from common.study.diffusion_fisher import noised
-    from common.study.pipeline import Measured, baseline_row, make_bench, measure, measured_row
-    from common.study.run import print_sizes, settle
-    from common.training.baseline import load_baseline
+    from common.study.evaluate import baseline_row, make_evaluator, measured_row, settings_of
+    from common.study.report import format_table
+    from common.study.run import start
 
-    run = settle(options)
-    if run.dry_run:
-        print_sizes(run)
-        return
-    baseline, bench = load_baseline(run), make_bench(run)
-    original = measure(run, bench, baseline)
+    run = start(options)
+    missing = [package for package in dict.fromkeys(package for package, _ in PEERS.values()) if not _version(package)]
+    if len(missing) == len({package for package, _ in PEERS.values()}):
+        raise UserError(f"none of the packages is installed: pip install {' '.join(missing)}")
+    baseline, evaluator = load_baseline(run), make_evaluator(run)
+    original, settings = evaluator.measure(baseline), settings_of(run, evaluator, baseline.sha256)
     timesteps = torch.linspace(0, run.preset.network.timesteps - 1, 128).long().tolist()
     x0, t, noise = noised(run, load_digits(run.data, "train", run.data_dir), timesteps)
     samples = Schedule(run.preset.network.timesteps).add_noise(x0, t, noise), t, noise
-    rows, failures = [baseline_row(run, bench, baseline, original, run.checkpoint)], []
+    rows, failures = [baseline_row(settings, baseline, original, run.checkpoint)], []
     for name, (package, quantize) in PEERS.items():
         try:
-            weights = f"{baseline.sha256} {name}, {package} {version(package)}"
+            if not _version(package):
+                failures.append(f"{name}: is not installed: pip install {package}")
+                continue
+            weights = f"{baseline.sha256} {name}, {package} {_version(package)}"
             network, state = quantize(baseline.network().to(run.device), samples)
             if is_as_it_was(network.state_dict(), baseline.state):
                 failures.append(f"{name}: leaves the network as it was")
                 continue
-            images = generate(as_it_is(network.eval()), weights, run.sampling, run.out / "images", name)
-        except Exception as error:  # whatever a package that is absent or cannot do it raises
+            measured = evaluator.measure_network(as_it_is(network.eval()), weights, name)
+        except Exception as error:  # whatever a package that cannot do it raises
             reason = (str(error) or type(error).__name__).splitlines()[0]
             failures.append(f"{name}: cannot: {type(error).__name__}: {reason[:120]}")
             continue
         file = io.BytesIO()
         torch.save(state, file)
         mib = len(file.getvalue()) / MIB
-        measured = Measured(weights, images, score(images, bench.network, bench.reference))
-        metadata = {"strategy": "Peer", "setting": name, "format": package, "size_mib": mib, "file_mib": mib}
-        rows.append(measured_row(run, bench, baseline, name, measured, original) | metadata)
-    report.add_rows(run.out / "results.jsonl", rows)
-    print("\n".join([report.format_table(rows), "", *failures]))
+        about = {"strategy": "Peer", "setting": name, "format": package, "size_mib": mib, "file_mib": mib}
+        rows.append(measured_row(settings, name, measured, original, **about))
+    if distributed.rank() == 0:
+        run.results.add(rows)
+    print("\n".join([format_table(rows), "", *failures]))
+
+
+def _version(package: str) -> str | None:
+    """The installed version, if any."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ from dataclasses import replace
 
 from common.errors import run_main
 from common.options import positive_int, script_parser
+from common.study.rows import Row
 
 
 def main():
-    parser = script_parser(__doc__, quantizes=False)
+    parser = script_parser(__doc__)
     parser.add_argument("--ddim", type=positive_int, nargs="+", default=[10, 20, 50, 100, 250], metavar="N")
     parser.add_argument("--dpm", type=positive_int, nargs="+", default=[10, 20, 50], metavar="N")
     options = parser.parse_args()
@@ -20,20 +21,16 @@ def main():
         parser.error("--sampler, --steps: every sampler is compared; give the numbers of steps with --ddim and --dpm")
 
     from common.runtime import distributed
-    from common.study import report
-    from common.study.pipeline import baseline_row, make_bench, measure
-    from common.study.run import print_sizes, settle
-    from common.training.baseline import load_baseline
+    from common.study.baselines import load_baseline
+    from common.study.evaluate import baseline_row, make_evaluator, settings_of
+    from common.study.run import start
 
-    run = settle(options)
+    run = start(options)
     timesteps = run.preset.network.timesteps
     for option, numbers in (("--ddim", options.ddim), ("--dpm", options.dpm)):
         if max(numbers) > timesteps:
             parser.error(f"argument {option}: {max(numbers)}: there are {timesteps} timesteps; give at most as many")
-    if run.dry_run:
-        print_sizes(run)
-        return
-    baseline, bench = load_baseline(run), make_bench(run)
+    baseline, evaluator = load_baseline(run), make_evaluator(run)
     samplings = [
         replace(run.sampling, sampler=sampler, steps=steps, eta=eta)
         for sampler, numbers, eta in (("ddim", options.ddim, run.sampling.eta), ("dpm++", options.dpm, 1.0))
@@ -42,26 +39,26 @@ def main():
     samplings.append(replace(run.sampling, sampler="ddpm", steps=timesteps, eta=1.0))
     rows, fids = [], []
     for sampling in samplings:
-        one = replace(run, sampling=sampling)
-        measured = measure(one, bench, baseline)
-        rows.append(baseline_row(one, bench, baseline, measured, run.checkpoint))
+        one = replace(evaluator, sampling=sampling)
+        measured = one.measure(baseline)
+        rows.append(baseline_row(settings_of(run, one, baseline.sha256), baseline, measured, run.checkpoint))
         fids.append(measured.scores.fid)
-    if distributed.rank() == 0:
-        report.add_rows(run.out / "results.jsonl", rows)
+        if distributed.rank() == 0:
+            run.results.add(rows[-1:])
     print(format_samplers(rows, [fid.minus(fids[-1]) for fid in fids]))
 
 
-def format_samplers(rows: list[dict], differences: list[tuple[float, float]]) -> str:
+def format_samplers(rows: list[Row], differences: list[tuple[float, float]]) -> str:
     """A table of rows, the last of them DDPM's, with (difference of FID to it, standard error) of each."""
     lines = [f"\n{'sampler':24}{'FID':>18}{'FID - DDPM':>18}{'Score':>18}"]
     near = []
     for row, (difference, error) in zip(rows, differences, strict=True):
-        method = f"{row['sampler']} {row['steps']}, eta {row['eta']:g}"
-        fid = f"{row['fid']:.3f} ± {row['fid_error']:.3f}"
-        score = f"{row['inception_score']:.3f} ± {row['inception_score_error']:.3f}"
-        lines.append(f"{method:24}{fid:>18}{f'{difference:+.3f} ± {error:.3f}':>18}{score:>18}")
+        used = row.settings
+        method = f"{used.sampler} {used.steps}, eta {used.eta:g}"
+        ddpm = f"{difference:+.3f} ± {error:.3f}"
+        lines.append(f"{method:24}{row.fid.text(3):>18}{ddpm:>18}{row.inception_score.text(3):>18}")
         if difference <= error:
-            near.append((row["steps"], row["sampler"]))
+            near.append((used.steps, used.sampler))
     steps, sampler = min(near)
     lines.append(f"fewest steps whose FID is within one standard error of DDPM's: {steps}, {sampler}")
     return "\n".join(lines)

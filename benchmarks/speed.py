@@ -39,7 +39,14 @@ from common.errors import run_main
 from common.fisher.information import fisher_information
 from common.options import Parser, positive_int
 from common.presets import PRESETS, Preset, UNetConfig
-from common.runtime.device import autocast, bf16_is_faster, cast_weights, choose_device, set_up_torch
+from common.runtime.device import (
+    autocast,
+    bf16_is_faster,
+    cast_weights,
+    choose_device,
+    device_name,
+    set_up_torch,
+)
 from common.runtime.files import write_atomically
 from common.training.loop import train
 
@@ -205,7 +212,7 @@ def main():
     set_up_torch()
     device = choose_device(options.device)
     timings = speed(PRESETS[options.preset], device, options.rounds)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    name = device_name(device) + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
     print(f"preset {options.preset}; {name}; torch {torch.__version__}; {options.rounds} rounds")
     print(format_timings(timings))
     if options.json:

@@ -106,7 +106,7 @@ def test_each_process_samples_its_share_alone(monkeypatch, tiny_network, tmp_pat
         images=10, sampler="ddim", steps=1, eta=0.0, batch_size=2, seed=0, device="cpu", precision="fp32"
     )
     with pytest.raises(AllSampled):
-        generate(tiny_network, "weights", sampling, tmp_path, "label")
+        generate(tiny_network, "weights", sampling, torch.device("cpu"), tmp_path, "label")
     assert sorted(path.name for path in tmp_path.rglob("*.safetensors")) == [
         "0000002.safetensors",
         "0000006.safetensors",

@@ -206,7 +206,7 @@ def test_cuda_device_that_is_absent(refused, monkeypatch):
     assert "--device cuda:2" in message and "2 CUDA devices" in message
 
 
-@pytest.mark.parametrize("device", ["gpu", "mps", "cuda:x", ""])
+@pytest.mark.parametrize("device", ["gpu", "mps", "cuda:x", "", "cpu:1", "cuda:-1"])
 def test_unknown_device(refused, device):
     message = refused("layer_ratio", "--preset", "quick", "--device", device)
     assert f"--device {device}" in message and "cpu, cuda or cuda:N" in message
@@ -217,9 +217,11 @@ def test_cuda_device_is_the_one_that_was_asked_for(tiny_preset, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index or 0}")
     for device, number in (("cuda:1", 1), ("cuda", 0), (None, 0)):  # torch takes no device without a number
-        started("--preset", "quick", *(("--device", device) if device else ()))
+        run = started("--preset", "quick", *(("--device", device) if device else ()))
         assert chosen.pop() == number
+        assert (run.device.index or 0, run.sampling.device) == (number, f"cuda GPU {number}")
 
 
 # Checkpoints

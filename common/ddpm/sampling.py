@@ -20,7 +20,7 @@ from common.runtime.device import autocast, cast_weights
 
 @dataclass(frozen=True)
 class Sampling:
-    """All that the images of given weights depend on."""
+    """All that the images of given weights depend on; `device` is its `device_name`."""
 
     images: int
     sampler: str
@@ -48,7 +48,9 @@ def load_images(path: Path) -> torch.Tensor:
     return sealed.load(path, "images")[0]["images"]
 
 
-def generate(network: nn.Module, weights: str, sampling: Sampling, folder: Path, label: str) -> torch.Tensor:
+def generate(
+    network: nn.Module, weights: str, sampling: Sampling, device: torch.device, folder: Path, label: str
+) -> torch.Tensor:
     """uint8 (N, 32, 32): images of `network` in evaluation mode, whose weights have the hash `weights`.
 
     Finished batches are read back from `folder`. Several processes share the batches, and the folder.
@@ -56,7 +58,6 @@ def generate(network: nn.Module, weights: str, sampling: Sampling, folder: Path,
     path = image_file(folder, sampling, weights)
     if distributed.broadcast(path.exists()):
         return load_images(path)
-    device = torch.device(sampling.device)
     network = network.to(device, memory_format=torch.channels_last).eval()
     cast_weights(network, sampling.precision)
     schedule = Schedule(network.config.timesteps)

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import hashlib
 import platform
+import re
 
 import torch
 from torch import nn
@@ -62,14 +63,18 @@ def choose_device(name: str | None) -> torch.device:
     """The device of --device; by default CUDA where available. Raises UserError for one that is absent or unknown."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    match = re.fullmatch(r"cpu|cuda(?::(0|[1-9][0-9]*))?", name)
+    if match is None:
         raise UserError(f"--device {name}: not a device; use cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if name == "cpu":
+        return torch.device(name)
+    if not torch.cuda.is_available():
         raise UserError(f"--device {name}: no CUDA device is available here; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if int(match[1] or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-    return device
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """What a row says of the device, since another rounds otherwise: "cpu", or "cuda" and the GPU's name."""
+    return f"cuda {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type

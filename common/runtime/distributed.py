@@ -5,7 +5,9 @@ One process alone needs none of this, and every function here then returns what 
 
 import atexit
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from torch import nn
 
 from common.errors import UserError
 
+Result = TypeVar("Result")
 TIMEOUT = timedelta(hours=12)  # of a wait for the slowest process, which may be sampling
 
 
@@ -65,6 +68,25 @@ def broadcast(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_first(work: Callable[[], Result]) -> Result:
+    """What `work()` returns in the first process, given to all; what it raises there is raised in all.
+
+    For work that can fail: if the first process alone raised, the others would wait for it in vain.
+    """
+    if processes() == 1:
+        return work()
+    result = error = None
+    if rank() == 0:
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+    result, error = broadcast((result, error))
+    if error is not None:
+        raise error
+    return result
 
 
 def barrier() -> None:

@@ -91,7 +91,7 @@ class FixedWidths:
     def _narrowest(self) -> dict[str, str]:
         """The format of fewest bytes of each tensor."""
         return {
-            name: min(WIDTHS if len(shape) > 1 else WIDTHS[-2:], key=lambda fmt: stored_bytes(shape, fmt, axis))  # noqa: B023, runs at once
+            name: min(WIDTHS if len(shape) > 1 else WIDTHS[-2:], key=lambda fmt: stored_bytes(shape, fmt, axis))
             for name, (shape, axis) in tensor_shapes(self.baseline.config).items()
         }
 

@@ -128,7 +128,11 @@ def start(options: argparse.Namespace) -> Run:
     and checks the folders that will be written. Under --dry-run prints sizes and cost instead, and ends the program."""
     set_up_torch()
     run = resolve(options)
-    run = replace(run, device=distributed.start(run.device))
+    device = distributed.start(run.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+    sampling = replace(run.sampling, device=distributed.broadcast(device_name(device)))
+    run = replace(run, device=device, sampling=sampling)
     threads, processes = torch.get_num_threads(), distributed.processes()
     workers = f"{threads} threads" if processes == 1 else f"{processes} processes of {threads} threads"
     print(f"preset {run.preset_name} ({run.why}); {run.sampling.device}, {workers}, torch {torch.__version__}")
