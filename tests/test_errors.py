@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ("simplediffusion", "whole_threshold", "layer_group", "layer_ratio", "layer_math", "layer_budget")
 PATHS = ("simplediffusion", "layer_ratio")  # the two ways through the pipeline: what scripts share has no more
 SHARED = [
-    "--preset", "--checkpoint", "--data", "--data-dir", "--format", "--fisher-timestep", "--images", "--sampler",
+    "--preset", "--checkpoint", "--data", "--data-dir", "--images", "--sampler",
     "--steps", "--eta", "--batch-size", "--seed", "--device", "--precision", "--metric", "--inception-weights", "--out",
     "--dry-run",
 ]  # fmt: skip
@@ -536,10 +536,11 @@ def test_options_answer_without_torch(script, arguments, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_shared_options_and_defaults(script, tmp_path):
     shown = " ".join(run_process(ROOT / f"{script}.py", "--help", cwd=tmp_path).stdout.split())
-    for option in SHARED:
+    own = {"simplediffusion": ["--format", "--baseline"], "layer_budget": ["--timestep-weighting"]}
+    for option in SHARED + own.get(script, ["--format", "--timestep-weighting"]):
         assert option in shown
     assert f"python {script}.py" in shown
-    for option, default in [("--format", "fp16"), ("--data-dir", "data"), ("--seed", "0"), ("--metric", "mnist")]:
+    for option, default in [("--data-dir", "data"), ("--seed", "0"), ("--metric", "mnist")]:
         own = shown.split(f" {option} ")[-1].split(" --")[0]
         assert f"(default: {default})" in own, option
 

@@ -153,27 +153,24 @@ def build(
                 f"{asked}, {limit:,} bytes, cannot be reached with {coding} coding: "
                 f"ask for --size {more:g} or more, --times {less:g} or less"
             )
-    if limits:
-        return _build_to_limits(run, baseline, coding, limits, updates, draws)
-    return _build_by_search(run, evaluator, baseline, coding, updates, size / least)
-
-
-def _build_to_limits(
-    run: Run, baseline: Model, coding: str, limits: dict[str, int], updates: int | None, draws: int | None
-) -> Iterator[Model]:
     maker = Maker(run, baseline, coding)
+    if limits:
+        return _build_to_limits(maker, limits, updates, draws)
+    return _build_by_search(maker, evaluator, updates, size / least)
+
+
+def _build_to_limits(maker: "Maker", limits: dict[str, int], updates: int | None, draws: int | None) -> Iterator[Model]:
+    baseline, seed = maker.baseline, maker.run.sampling.seed
     for asked, limit in tqdm(limits.items(), desc="fitting", unit="file"):
         yield from maker.make(asked, limit, updates)
-        for variant, draw, values in other_values(baseline.state, maker.values, run.sampling.seed, draws or 0):
+        for variant, draw, values in other_values(baseline.state, maker.values, seed, draws or 0):
             more = {"draw": draw} if draw else {}
-            yield maker.fit(limit, values, budget_metadata(run, baseline, coding, asked, variant, **more))
+            yield maker.fit(limit, values, maker.metadata(asked, variant, **more))
 
 
-def _build_by_search(
-    run: Run, evaluator: Evaluator, baseline: Model, coding: str, updates: int | None, most: float
-) -> Iterator[Model]:
-    maker, size = Maker(run, baseline, coding), baseline.size_mib() * MIB
-    reference = evaluator.measure(baseline).scores.fid
+def _build_by_search(maker: "Maker", evaluator: Evaluator, updates: int | None, most: float) -> Iterator[Model]:
+    size = maker.baseline.size_mib() * MIB
+    reference = evaluator.measure(maker.baseline).scores.fid
     tried: dict[float, Model] = {}
 
     def acceptable(times: float) -> bool:
@@ -196,18 +193,21 @@ class Maker:
         self.values = dict(zip(table.names, shrunk.tolist(), strict=True))
         self._allocator = _allocator(baseline, coding, rounding_feedback(run, baseline) if coding == "entropy" else {})
 
+    def metadata(self, asked: str, variant: str | None = None, **more) -> dict:
+        return budget_metadata(self.run, self.baseline, self.coding, asked, variant, **more)
+
     def fit(self, limit: int, values: dict[str, float], metadata: dict) -> Model:
         """The allocator's model, made by one process: sums on a GPU may round otherwise in each. Raises BudgetError."""
         return distributed.on_first(lambda: self._allocator.fit(limit, values, metadata))
 
     def make(self, asked: str, limit: int, updates: int | None) -> Iterator[Model]:
         """The model of at most `limit` bytes, and then, with so many `updates`, the finetuned one."""
-        metadata = budget_metadata(self.run, self.baseline, self.coding, asked)
+        metadata = self.metadata(asked)
         yield self.fit(limit, self.values, metadata)
         if updates:
             try:
                 smaller = self.fit(int((1 - GROWTH) * limit), self.values, metadata)
-                metadata = budget_metadata(self.run, self.baseline, self.coding, asked, "finetuned", updates=updates)
+                metadata = self.metadata(asked, "finetuned", updates=updates)
                 yield finetuned(self.run, self.baseline, smaller, metadata, limit, updates)
             except BudgetError as error:  # the other rows are not lost
                 tqdm.write(f"{asked}: the finetuned codes need {error.smallest:,} bytes, so there is no row of them")

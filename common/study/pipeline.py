@@ -66,6 +66,9 @@ def run_strategy(options: argparse.Namespace, choices: list[Choice]) -> None:
     def build(run: Run, evaluator: Evaluator, baseline: Model) -> Iterator[Model]:
         table = fisher_table(run, baseline)
         values = table.at(run.fisher_timestep, layer_weights(table.names))
+        return quantized(run, baseline, values)
+
+    def quantized(run: Run, baseline: Model, values: dict[str, float]) -> Iterator[Model]:
         for choice in choices:
             metadata = quantized_metadata(run, baseline, choice.strategy, choice.setting, choice.published)
             model = baseline.quantize(choice.rule(values), run.fmt, metadata)
@@ -99,11 +102,13 @@ def control_models(run: Run, baseline: Model, chosen: Model, draws: int) -> Iter
 
 
 def run_models(options: argparse.Namespace, build: Callable[[Run, Evaluator, Model], Iterable[Model]]) -> None:
-    """Baseline and uniform rows, then one row for each model that `build` makes of the baseline."""
+    """Baseline and uniform rows, then one row for each model that `build` makes of the baseline.
+
+    What `build` does at once comes before anything is sampled; the models may be made as they are asked for."""
     run = start(options)
     baseline = baselines.load_baseline(run)
     evaluator = make_evaluator(run)
-    built = build(run, evaluator, baseline)  # before the uniform model is measured: it may find an option at fault
+    built = build(run, evaluator, baseline)
     models = itertools.chain([uniform(run, baseline)], built)
     print_rows(run, measure_models(run, evaluator, baseline.sha256, baseline, run.checkpoint, models))
 
@@ -177,8 +182,8 @@ def run_baseline(
         if value is not None and not trains:
             raise UserError(f"{option} {value}: {run.checkpoint} is trained; give --retrain as well")
     if trains:
-        distributed.on_first(lambda: baselines.check_training(run, named))
         evaluator = make_evaluator(run)
+        distributed.on_first(lambda: baselines.check_training(run, named))
         model = baselines.train(run, keep_every)
     else:
         model = baselines.load_checkpoint(run)

@@ -175,7 +175,7 @@ class ResultStore:
         the line where it is damaged."""
         try:
             lines = self.path.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}); name another folder with --out") from None
