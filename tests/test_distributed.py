@@ -100,7 +100,7 @@ def test_each_process_samples_its_share_alone(monkeypatch, tiny_network, tmp_pat
 
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     monkeypatch.setattr(distributed, "processes", lambda: 2)
-    monkeypatch.setattr(distributed, "broadcast", lambda value: value)
+    monkeypatch.setattr(distributed, "on_first", lambda work: work())
     monkeypatch.setattr(distributed, "barrier", stop)
     sampling = Sampling(
         images=10, sampler="ddim", steps=1, eta=0.0, batch_size=2, seed=0, device="cpu", precision="fp32"
