@@ -39,14 +39,7 @@ from common.errors import run_main
 from common.fisher.information import fisher_information
 from common.options import Parser, positive_int
 from common.presets import PRESETS, Preset, UNetConfig
-from common.runtime.device import (
-    autocast,
-    bf16_is_faster,
-    cast_weights,
-    choose_device,
-    device_name,
-    set_up_torch,
-)
+from common.runtime.device import autocast, bf16_is_faster, cast_weights, choose_device, device_name, set_up_torch
 from common.runtime.files import write_atomically
 from common.training.loop import train
 

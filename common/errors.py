@@ -2,9 +2,13 @@
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+
+GRACE_SECONDS = 2.0  # torchrun ends the other processes within a fraction of a second of the first one's end
 
 
 class UserError(ValueError):
@@ -12,7 +16,7 @@ class UserError(ValueError):
 
 
 class WriteError(UserError):
-    """A file that cannot be written. Where several processes run it may befall one alone, which then speaks."""
+    """A file that cannot be written."""
 
 
 def is_first_process() -> bool:
@@ -24,7 +28,7 @@ def run_main(main: Callable[[], None]) -> None:
     """Runs a script's main; a UserError or OSError becomes one line and exit code 1, after its traceback where --debug
     is given.
 
-    Where torchrun started several processes, the first speaks for all.
+    Where torchrun started several processes, the first speaks for all; another waits, and speaks if it is still there.
     """
     if not is_first_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, until the process ends
@@ -35,8 +39,9 @@ def run_main(main: Callable[[], None]) -> None:
     except (UserError, OSError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        of_one = isinstance(error, WriteError | OSError)  # a full disk may befall one process alone
-        sys.exit(f"{program}: error: {describe(error)}" if of_one or is_first_process() else 1)
+        if not is_first_process():
+            time.sleep(GRACE_SECONDS)  # an error of all ends the first process, and then this one; it may be of one
+        sys.exit(f"{program}: error: {describe(error)}")
     except KeyboardInterrupt:
         if not is_first_process():
             sys.exit(1)

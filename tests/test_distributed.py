@@ -15,7 +15,7 @@ import torch
 from tiny_runs import PROCESSES, files, finish, table
 
 from common.ddpm.sampling import Sampling, generate
-from common.errors import UserError
+from common.errors import UserError, run_main
 from common.runtime import distributed
 
 
@@ -100,7 +100,7 @@ def test_each_process_samples_its_share_alone(monkeypatch, tiny_network, tmp_pat
 
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     monkeypatch.setattr(distributed, "processes", lambda: 2)
-    monkeypatch.setattr(distributed, "broadcast", lambda value: value)
+    monkeypatch.setattr(distributed, "on_first", lambda work: work())
     monkeypatch.setattr(distributed, "barrier", stop)
     sampling = Sampling(
         images=10, sampler="ddim", steps=1, eta=0.0, batch_size=2, seed=0, device="cpu", precision="fp32"
@@ -152,6 +152,24 @@ def test_what_the_first_process_finds_or_raises_is_that_of_all():
         process.join(60)
         assert process.exitcode == 0
     assert sorted(told.get() for _ in processes) == [(rank, {"rank": 0}, "from process 0") for rank in range(2)]
+
+
+def test_an_error_of_one_process_alone_is_told(monkeypatch):
+    """Where it is of all, torchrun has ended the others before they speak."""
+    waits = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    monkeypatch.setattr("common.errors.time.sleep", waits.append)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+
+    def main():
+        raise UserError("the file is damaged")
+
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit, match="error: the file is damaged"):
+            run_main(main)
+    assert len(waits) == 1 and waits[0] > 1
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

@@ -1,4 +1,8 @@
-"""Images of a model, batch by batch, kept on disk: a run that was stopped continues with the next batch."""
+"""Images of a model, batch by batch, kept on disk: a run that was stopped continues with the next batch.
+
+Each batch is a part, a file of its own; when all are there, they are joined and deleted. Scripts that run at once may
+make the same images: each writes the same bytes, and whichever comes first joins for all.
+"""
 
 import hashlib
 import json
@@ -14,8 +18,10 @@ from common.ddpm.digits import to_uint8
 from common.ddpm.noise import NoiseStreams
 from common.ddpm.samplers import sample
 from common.ddpm.schedule import Schedule
+from common.errors import UserError
 from common.runtime import distributed, sealed
 from common.runtime.device import autocast, cast_weights
+from common.runtime.files import locked
 
 
 @dataclass(frozen=True)
@@ -53,21 +59,83 @@ def generate(
 ) -> torch.Tensor:
     """uint8 (N, 32, 32): images of `network` in evaluation mode, whose weights have the hash `weights`.
 
-    Finished batches are read back from `folder`. Several processes share the batches, and the folder.
+    Finished batches are read back from `folder`; a file that is damaged or holds other images is named in a line and
+    made anew. Several processes share the batches, and the folder.
     """
     path = image_file(folder, sampling, weights)
-    if distributed.broadcast(path.exists()):
-        return load_images(path)
+    metadata = {"sampling": asdict(sampling), "weights": weights, "torch": torch.__version__}
+    while missing := distributed.on_first(lambda: _join(path, metadata, sampling)):
+        _sample_parts(network, metadata, sampling, device, path, distributed.shard(missing), label)
+        distributed.barrier()
+    return load_images(path)
+
+
+def _part_file(path: Path, start: int) -> Path:
+    return path.with_suffix(".parts") / f"{start:07d}.safetensors"
+
+
+def _join(path: Path, metadata: dict, sampling: Sampling) -> list[int]:
+    """Makes the file of all images of its parts, unless it is there; returns the starts of the parts that are missing.
+
+    Under a lock, so that no other script replaces or deletes what is being read.
+    """
+    with locked(path):
+        if _read(path, metadata, sampling.images) is None:
+            images, missing = torch.empty(sampling.images, 32, 32, dtype=torch.uint8), []
+            for start in range(0, sampling.images, sampling.batch_size):
+                batch = images[start : start + sampling.batch_size]
+                part = _read(_part_file(path, start), metadata | {"start": start}, len(batch))
+                if part is None:
+                    missing.append(start)
+                else:
+                    batch.copy_(part)
+            if missing:
+                return missing
+            sealed.save(path, "images", {"images": images}, metadata)
+        shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)  # another script may still be writing there
+    return []
+
+
+def _read(path: Path, metadata: dict, n: int) -> torch.Tensor | None:
+    """The `n` images of a file whose metadata are those given; None where there are none.
+
+    A file that holds anything else is named in a line, and deleted.
+    """
+    try:
+        tensors, found = sealed.load(path, "images")
+        images = tensors.get("images", torch.empty(0))
+        if {"torch": torch.__version__} | found == metadata and (images.dtype, images.shape) == (
+            torch.uint8,
+            (n, 32, 32),
+        ):
+            return images
+        problem = f"{path} does not hold the images that belong there"
+    except FileNotFoundError:
+        return None
+    except sealed.CheckpointError as error:
+        problem = str(error)
+    print(f"{problem}: these images are sampled anew")
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _sample_parts(
+    network: nn.Module,
+    metadata: dict,
+    sampling: Sampling,
+    device: torch.device,
+    path: Path,
+    starts: list[int],
+    label: str,
+) -> None:
+    """Samples the batches that begin at `starts` into their parts, but for those that another script has made."""
     network = network.to(device, memory_format=torch.channels_last).eval()
     cast_weights(network, sampling.precision)
     schedule = Schedule(network.config.timesteps)
-    starts = range(0, sampling.images, sampling.batch_size)
-    parts = path.with_suffix(".parts")
-    mine = distributed.shard(starts)
-    with tqdm(total=len(mine) * sampling.steps, desc=label, unit="step") as bar:
-        for start in mine:
-            part = parts / f"{start:07d}.safetensors"
-            if part.exists():
+    with tqdm(total=len(starts) * sampling.steps, desc=label, unit="step") as bar:
+        for start in starts:
+            part = _part_file(path, start)
+            if part.exists() or path.exists():
                 bar.update(sampling.steps)
                 continue
             indices = range(start, min(start + sampling.batch_size, sampling.images))
@@ -82,13 +150,8 @@ def generate(
                     device,
                     on_step=bar.update,
                 )
-            sealed.save(part, "images", {"images": to_uint8(images)}, {"start": start})
-    distributed.barrier()
-    if distributed.rank() > 0:
-        distributed.barrier()
-        return load_images(path)
-    images = torch.cat([load_images(parts / f"{start:07d}.safetensors") for start in starts])
-    sealed.save(path, "images", {"images": images}, {"sampling": asdict(sampling), "weights": weights})
-    shutil.rmtree(parts)
-    distributed.barrier()
-    return images
+            try:
+                sealed.save(part, "images", {"images": to_uint8(images)}, metadata | {"start": start})
+            except (OSError, UserError):
+                if not path.exists():  # if it does, another script has joined its parts, and deleted their folder
+                    raise

@@ -20,20 +20,21 @@ TIMEOUT = timedelta(hours=12)  # of a wait for the slowest process, which may be
 
 
 def start(device: torch.device) -> torch.device:
-    """Joins the processes that torchrun started, if it did; returns this process's own device.
+    """Joins the processes that torchrun started, if it did; returns this process's own device, which is then current.
 
     Raises UserError where the processes outnumber the GPUs.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return device
-    if device.type == "cuda":
+    started = "TORCHELASTIC_RUN_ID" in os.environ
+    if started and device.type == "cuda":
         wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if device.index is not None or wanted > there:
             raise UserError(
                 f"{wanted} processes need a GPU each: {there} are there; leave --device {device} out or use cpu"
             )
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if not dist.is_initialized():
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+    if started and not dist.is_initialized():
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=TIMEOUT)
         atexit.register(dist.destroy_process_group)
     return device
