@@ -349,6 +349,12 @@ def test_download_asks_for_the_published_file_and_is_kept(hub, monkeypatch, shap
     assert "delete it" in refused(None)
 
 
+def test_only_the_first_process_downloads(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("downloaded twice"))
+    monkeypatch.setattr(features.distributed, "on_first", lambda work: tmp_path / "the first one's.pth")
+    assert "the first one's.pth: no such file" in refused(None)
+
+
 def test_download_folder_that_cannot_be_made(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "file" / "hub"))

@@ -11,7 +11,7 @@ from torch import nn
 
 from common.ddpm.digits import to_model_range
 from common.errors import UserError
-from common.runtime import sealed
+from common.runtime import distributed, sealed
 
 CLASSIFIER_FILE = Path(__file__).parents[2] / "checkpoints" / "features.safetensors"
 CLASSIFIER_SHA256 = "abcc2d222f6c21c5f551b2e2c2519179085815f17fc1863703819d058add19ad"
@@ -103,7 +103,7 @@ def _load_inception(weights: Path | None) -> Inception:
     from pytorch_fid import inception
 
     if weights is None:
-        path = _download_inception(inception.FID_WEIGHTS_URL)
+        path = distributed.on_first(lambda: _download_inception(inception.FID_WEIGHTS_URL))
         named = f"--metric inception: {path}"
         remedy = "delete it, so that it is downloaded again, or name another with --inception-weights"
     else:
