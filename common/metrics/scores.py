@@ -6,6 +6,7 @@ images, and the spread of the images' contributions gives its standard error. Tw
 share their images' luck, so the error of their difference is that of the paired contributions.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,17 +182,45 @@ def require_enough(images: int, network: nn.Module) -> None:
 
 
 def load_reference(digits: torch.Tensor, network: nn.Module, cache: Path | None) -> Reference:
-    """Statistics of uint8 digits (N, 32, 32), kept in the folder `cache` under everything that they depend on."""
+    """Statistics of uint8 digits (N, 32, 32), kept in the folder `cache` under everything that they depend on.
+
+    A kept file that is damaged, or that does not hold what it should, is made anew, and a line on stderr says so.
+    """
+    if cache is None:
+        return make_reference(extract(digits, network)[0])
     key = sealed.hash_tensors({"digits": digits})[:12] + "-" + network.sha256[:12]
-    path = cache / f"{network.name}-{key}.safetensors" if cache else None
-    if path and distributed.broadcast(path.exists()):
-        tensors, metadata = sealed.load(path, "reference")
-        return Reference(**{k: v.numpy() for k, v in tensors.items()}, **metadata)
-    reference = make_reference(extract(digits, network)[0])
-    if path and distributed.rank() == 0:
-        arrays = {k: torch.from_numpy(v) for k, v in vars(reference).items() if isinstance(v, np.ndarray)}
-        sealed.save(path, "reference", arrays, {"kernel_mean": reference.kernel_mean})
+    path = cache / f"{network.name}-{key}.safetensors"
+    reference = distributed.on_first(lambda: _read_reference(path, network.dimensions, len(digits)))
+    if reference is None:
+        reference = make_reference(extract(digits, network)[0])
+        if distributed.rank() == 0:
+            arrays = {k: torch.from_numpy(v) for k, v in vars(reference).items() if isinstance(v, np.ndarray)}
+            sealed.save(path, "reference", arrays, {"kernel_mean": reference.kernel_mean})
     return reference
+
+
+def _read_reference(path: Path, dimensions: int, digits: int) -> Reference | None:
+    """The reference that is kept, or None where none is, or none that can be used."""
+    if not path.is_file():
+        return None
+    square = (np.dtype(np.float64), (dimensions, dimensions))
+    expected = {
+        "mean": (np.dtype(np.float64), (dimensions,)),
+        "covariance": square,
+        "covariance_root": square,
+        "sample": (np.dtype(np.float32), (min(digits, KID_REFERENCE), dimensions)),
+    }
+    try:
+        tensors, metadata = sealed.load(path, "reference")
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        fits = {name: (array.dtype, array.shape) for name, array in arrays.items()} == expected
+        numbers = (metadata["kernel_mean"], *arrays.values())
+        if fits and all(np.isfinite(number).all() for number in numbers):
+            return Reference(**arrays, kernel_mean=float(metadata["kernel_mean"]))
+    except (sealed.CheckpointError, OSError, KeyError, TypeError):  # TypeError: numpy knows no bfloat16, nor text
+        pass
+    print(f"{path} is damaged or holds something else; it is made anew", file=sys.stderr)
+    return None
 
 
 def make_reference(features: np.ndarray) -> Reference:
