@@ -1,5 +1,7 @@
-# make demo    installs into .venv, runs every script on the quick preset, prints all rows at the end
-# make test    installs into .venv, checks the style, runs the tests (offline once installed)
+# make demo       installs into .venv, runs every script on the quick preset, prints all rows at the end
+# make test       installs into .venv, checks style and imports, runs the tests (offline once installed)
+# make clean      removes what minutes bring back: .venv, and the caches of Python, pytest, ruff and import-linter
+# make distclean  removes results/ as well: rows, images and packed models, hours of work
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
@@ -7,7 +9,7 @@ IMAGES ?= 500
 DEMO = --preset quick --images $(IMAGES) $(OPTIONS)
 RUN = .venv/bin/python
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format clean distclean
 
 demo: .venv/installed
 	$(RUN) simplediffusion.py $(DEMO)
@@ -24,6 +26,7 @@ test: .venv/installed-test lint
 lint: .venv/installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports --no-logo
 
 format: .venv/installed-test
 	.venv/bin/ruff check --fix .
@@ -41,4 +44,8 @@ format: .venv/installed-test
 	touch $@
 
 clean:
-	rm -rf .venv results
+	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf results
