@@ -6,9 +6,17 @@ CHANNEL_FACTORS = (1, 2, 4, 8, 8, 6)  # of layers 1 to 6, for the skips to join
 FORMATS = ("fp32", "fp16", "int8", "int7", "int6", "int5", "int4", "int3", "int2")
 
 
+# Bounds of what a file may claim; a network that fills them takes more memory than a machine has.
+LARGEST_WIDTH = 2048  # of the first layer, 64 in the published network
+LARGEST_TIMESTEPS = 10_000
+
+
 @dataclass(frozen=True)
 class UNetConfig:
-    """Shape of the U-Net; the defaults are the published one."""
+    """Shape of the U-Net; the defaults are the published one.
+
+    Raises ValueError naming the field whose value makes no network.
+    """
 
     channels: tuple[int, ...] = (64, 128, 256, 512, 512, 384)
     groups: int = 32
@@ -18,9 +26,27 @@ class UNetConfig:
     timesteps: int = 1000
 
     def __post_init__(self):
-        width = self.channels[0]
-        if tuple(self.channels) != tuple(width * factor for factor in CHANNEL_FACTORS):
+        _require_integers("channels", self.channels, 1, LARGEST_WIDTH * max(CHANNEL_FACTORS))
+        _require_integers("attention_layers", self.attention_layers, 1, len(CHANNEL_FACTORS))
+        _require_integers("groups, heads", (self.groups, self.heads), 1, LARGEST_WIDTH)
+        _require_integers("timesteps", (self.timesteps,), 1, LARGEST_TIMESTEPS)
+        width = self.channels[0] if self.channels else 0
+        if self.channels != tuple(width * factor for factor in CHANNEL_FACTORS):
             raise ValueError(f"channels {self.channels}: must be 1, 2, 4, 8, 8, 6 times the first for skips to join")
+        if len(set(self.attention_layers)) < len(self.attention_layers):
+            raise ValueError(f"attention_layers {self.attention_layers}: a layer has attention once")
+        if width % self.groups:
+            raise ValueError(f"groups {self.groups}: must divide the {width} channels of layer 1")
+        for attended in (self.channels[layer - 1] for layer in self.attention_layers):
+            if attended % self.heads:
+                raise ValueError(f"heads {self.heads}: must divide the {attended} channels of a layer with attention")
+        if type(self.dropout) not in (float, int) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout!r:.60}: must be a number from 0 to below 1")
+
+
+def _require_integers(field: str, values: tuple[int, ...], lowest: int, highest: int) -> None:
+    if type(values) is not tuple or not all(type(value) is int and lowest <= value <= highest for value in values):
+        raise ValueError(f"{field} {values!r:.60}: must be whole numbers from {lowest} to {highest}")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from common.fisher.information import FisherTable, fisher_information
 from common.formats.packed import full_precision
 from common.options import script_parser
 from common.runtime import sealed
+from common.runtime.sealed import CheckpointError
 from common.study import diffusion_fisher
 from common.study.run import start
 
@@ -315,6 +316,41 @@ def test_table_of_other_weights_is_refused(tmp_path):
     with pytest.raises(UserError) as error:
         information.load(path, "b" * 64)
     assert str(path) in str(error.value) and "other weights" in str(error.value) and "delete it" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"names": ["a", "b"]}, "do not fit each other"),
+        ({"names": ["a", "b", "b"]}, "do not fit each other"),
+        ({"names": ["a", "b", ["c"]]}, "do not fit each other"),
+        ({"timesteps": [1, 25]}, "do not fit each other"),
+        ({"timesteps": [1, 25, "75"]}, "do not fit each other"),
+        ({"samples": [4, 2]}, "do not fit each other"),
+        ({"image_weights": [1.0]}, "do not fit each other"),
+        ({"image_weights": [1.0, float("nan")]}, "do not fit each other"),
+        ({"values": torch.full((3, 3), float("nan"), dtype=torch.float64)}, "do not fit each other"),
+        ({"errors": torch.ones(3, 2, dtype=torch.float64)}, "do not fit each other"),
+        ({"errors": torch.ones(3, 3)}, "tensor errors is torch.float32"),
+        ({"weights": 1}, "entry weights is not of type str"),
+        ({"settings": []}, "entry settings is not of type dict"),
+    ],
+)
+def test_a_table_that_is_wrong_inside_is_refused(tmp_path, change, reason):
+    path = tmp_path / "f.safetensors"
+    information.save(path, replace(small_table(), **change))
+    with pytest.raises(CheckpointError, match=rf"f\.safetensors is damaged.*{reason}.*; delete it"):
+        information.load(path, "a" * 64)
+
+
+def test_a_table_that_lacks_an_entry_is_refused(tmp_path):
+    path = tmp_path / "f.safetensors"
+    information.save(path, small_table())
+    tensors, metadata = sealed.load(path, "fisher")
+    for lacking in ({"values": tensors["values"]}, metadata), (tensors, {"weights": "a" * 64}):
+        sealed.save(path, "fisher", *lacking)
+        with pytest.raises(CheckpointError, match=r"is missing.*; delete it"):
+            information.load(path, "a" * 64)
 
 
 def test_measure_fills_a_row_for_each_timestep():

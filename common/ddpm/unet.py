@@ -144,20 +144,30 @@ def from_published(state_dict: dict[str, torch.Tensor], groups: int = 32, heads:
         width = renamed["shallow_conv.weight"].shape[0]
     except KeyError as error:
         raise ValueError(f"not a published state dict: {error.args[0]} is missing") from None
-    channels = tuple(width * factor for factor in CHANNEL_FACTORS)
-    network = UNet(UNetConfig(channels=channels, groups=groups, heads=heads))
-    load_tensors(network, renamed)
+    except (AttributeError, IndexError):
+        raise ValueError("not a published state dict: shallow_conv.weight is no tensor of channels") from None
+    config = UNetConfig(channels=tuple(width * factor for factor in CHANNEL_FACTORS), groups=groups, heads=heads)
+    with torch.device("meta"):
+        _require_fit(UNet(config), renamed)  # before memory is taken for the width that one tensor claims
+    network = UNet(config)
+    network.load_state_dict(renamed)
     return network.eval()
 
 
 def load_tensors(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Loads `state` exactly; raises ValueError naming one tensor that is missing, unknown or of another shape."""
+    _require_fit(network, state)
+    network.load_state_dict(state)
+
+
+def _require_fit(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
     expected = network.state_dict()
     for name in expected.keys() - state.keys():
         raise ValueError(f"tensor {name} is missing")
     for name in state.keys() - expected.keys():
         raise ValueError(f"tensor {name} is unknown to this architecture")
     for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{name} is no tensor of real numbers")
         if tensor.shape != expected[name].shape:
             raise ValueError(f"tensor {name} is {tuple(tensor.shape)}, the network has {tuple(expected[name].shape)}")
-    network.load_state_dict(state)

@@ -1,5 +1,6 @@
 """Fisher information of any module's parameters: the mean of the squared gradient of the loss, sample by sample."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,6 +11,18 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.fisher.gradients import SampleLoss, squared_gradients
 from common.runtime import distributed, sealed
+from common.runtime.sealed import CheckpointError
+
+# What a file of a table holds, and of what types.
+_TENSORS = dict.fromkeys(("values", "errors"), (torch.float64, (None, None)))
+_METADATA = {
+    "names": list,
+    "timesteps": list,
+    "samples": list,
+    "settings": dict,
+    "weights": str,
+    "image_weights": list,
+}
 
 
 def fisher_information(
@@ -100,15 +113,27 @@ def save(path: Path, table: FisherTable) -> None:
 
 
 def load(path: Path, weights: str) -> FisherTable:
-    """Reads a table; raises UserError where it belongs to other weights than those of hash `weights`."""
-    tensors, metadata = sealed.load(path, "fisher")
-    try:
-        table = FisherTable(**tensors, **metadata)
-    except TypeError:
-        raise UserError(f"{path} is of an earlier version; delete it and run again") from None
+    """Reads a table; raises UserError where it is damaged, or belongs to other weights than those of hash `weights`."""
+    tensors, metadata = sealed.require(path, sealed.load(path, "fisher"), _TENSORS, _METADATA)
+    table = FisherTable(**tensors, **metadata)
     if table.weights != weights:
         raise UserError(
             f"{path} holds the Fisher values of other weights ({table.weights[:12]}, not {weights[:12]}); "
             "delete it and run again"
         )
+    if not _is_whole(table):
+        raise CheckpointError(f"{path} is damaged: its entries do not fit each other; delete it and run again")
     return table
+
+
+def _is_whole(table: FisherTable) -> bool:
+    """Whether names, timesteps, samples and weights are as many as the values, and all are of their types."""
+    rows, columns = len(table.timesteps), len(table.names)
+    return (
+        all(type(name) is str for name in table.names)
+        and len(set(table.names)) == columns
+        and all(type(number) is int for number in table.timesteps + table.samples)
+        and (len(table.samples), len(table.image_weights)) == (rows, rows - 1)
+        and all(type(weight) in (int, float) and 0 <= weight < math.inf for weight in table.image_weights)
+        and all(t.shape == (rows, columns) and ((t >= 0) & t.isfinite()).all() for t in (table.values, table.errors))
+    )

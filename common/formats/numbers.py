@@ -5,6 +5,8 @@ fp32 and fp16 are stored as they are. int2..int8 are symmetric integers with one
 q = round(w / s), |q| <= 2^(b-1) - 1, s = max |w| / (2^(b-1) - 1), and read as q * s.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,10 +54,11 @@ def channel_axes(network: nn.Module) -> dict[str, int]:
 
 
 def quantize_integer(weight: torch.Tensor, fmt: str, axis: int) -> IntegerTensor:
-    """Nearest symmetric integers. A channel of zeros takes scale 1."""
+    """Nearest symmetric integers of the weight's float32 values. A channel of zeros takes scale 1."""
     largest = 2 ** (bits(fmt) - 1) - 1
+    weight = weight.float()
     other_axes = [i for i in range(weight.dim()) if i != axis]
-    scale = weight.float().abs().amax(dim=other_axes) / largest
+    scale = weight.abs().amax(dim=other_axes) / largest
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     codes = (weight / _along(scale, axis, weight.dim())).round().clamp(-largest, largest).to(torch.int8)
     return IntegerTensor(codes, scale, axis)
@@ -71,40 +74,48 @@ def fake_quantize(weight: torch.Tensor, fmt: str, axis: int = 0) -> torch.Tensor
 
 
 def pack(weight: torch.Tensor, fmt: str, axis: int = 0) -> dict[str, torch.Tensor]:
-    """What a file stores of one weight: {"": tensor} or, for integers, {"": codes (bytes,) uint8, "scale": float32}."""
+    """What a file stores of one weight: {"": tensor} or, for integers, {"": codes (bytes,) uint8, "scale": float32}.
+
+    On the CPU, wherever the weight is and whatever real numbers it is of.
+    """
     if fmt == "fp32":
-        return {"": weight.float()}
+        return {"": weight.float().cpu()}
     if fmt == "fp16":
-        return {"": _to_fp16(weight)}
+        return {"": _to_fp16(weight).cpu()}
     quantized = quantize_integer(weight, fmt, axis)
-    return {"": pack_codes(quantized.codes, bits(fmt)), "scale": quantized.scale}
+    return {"": pack_codes(quantized.codes, bits(fmt)), "scale": quantized.scale.cpu()}
 
 
 def unpack(stored: dict[str, torch.Tensor], fmt: str, shape: torch.Size, axis: int = 0) -> torch.Tensor:
-    """The FP32 weight that `pack` stored: equal to `fake_quantize` bit for bit."""
+    """The FP32 weight that `pack` stored, on the CPU: equal to `fake_quantize` bit for bit."""
     if fmt in ("fp32", "fp16"):
-        return stored[""].float()
-    return IntegerTensor(unpack_codes(stored[""], bits(fmt), shape), stored["scale"], axis).dequantize()
+        return stored[""].float().cpu()
+    return IntegerTensor(unpack_codes(stored[""], bits(fmt), shape), stored["scale"].cpu(), axis).dequantize()
 
 
-def stored_bytes(shape: torch.Size, fmt: str, axis: int = 0) -> int:
+def stored_parts(shape: Sequence[int], fmt: str, axis: int = 0) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """{part: (type, shape)} of the tensors that `pack` makes of a weight of `shape`; takes no memory for them."""
+    if fmt in ("fp32", "fp16"):
+        return {"": (torch.float32 if fmt == "fp32" else torch.float16, tuple(shape))}
+    length = (math.prod(shape) * bits(fmt) + 7) // 8
+    return {"": (torch.uint8, (length,)), "scale": (torch.float32, (shape[axis],))}
+
+
+def stored_bytes(shape: Sequence[int], fmt: str, axis: int = 0) -> int:
     """Bytes of the tensors that `pack` makes of a weight of `shape`."""
-    numel = int(np.prod(shape))
-    if fmt in ("fp32", "fp16"):
-        return numel * bits(fmt) // 8
-    return (numel * bits(fmt) + 7) // 8 + 4 * shape[axis]
+    return sum(math.prod(part) * dtype.itemsize for dtype, part in stored_parts(shape, fmt, axis).values())
 
 
 def pack_codes(codes: torch.Tensor, width: int) -> torch.Tensor:
     """int8 codes to uint8 (ceil(numel * width / 8),): `width` bits each in two's complement, high bit first."""
-    unsigned = codes.contiguous().numpy().reshape(-1, 1).view(np.uint8)
+    unsigned = codes.to("cpu", torch.int8).contiguous().numpy().reshape(-1, 1).view(np.uint8)
     return torch.from_numpy(np.packbits(np.unpackbits(unsigned, axis=1)[:, 8 - width :]))
 
 
 def unpack_codes(stream: torch.Tensor, width: int, shape: torch.Size) -> torch.Tensor:
     """The int8 codes that `pack_codes` packed."""
     numel = int(np.prod(shape))
-    field = np.unpackbits(stream.numpy(), count=numel * width).reshape(numel, width)
+    field = np.unpackbits(stream.cpu().numpy(), count=numel * width).reshape(numel, width)
     sign = np.repeat(field[:, :1], 8 - width, axis=1)
     return torch.from_numpy(np.packbits(np.concatenate([sign, field], axis=1)).view(np.int8)).reshape(shape)
 
@@ -114,6 +125,7 @@ def _along(scale: torch.Tensor, axis: int, dim: int) -> torch.Tensor:
 
 
 def _to_fp16(weight: torch.Tensor) -> torch.Tensor:
+    weight = weight.float()
     if weight.abs().max() > FP16_MAX:
         raise UserError(f"a weight of {weight.abs().max():.3g} does not fit fp16 (largest {FP16_MAX:.0f})")
     return weight.half()

@@ -10,12 +10,25 @@ import torch
 from common.ddpm.digits import DATA_RANGE
 from common.ddpm.unet import UNet, load_tensors
 from common.formats import entropy
-from common.formats.numbers import channel_axes, pack, stored_bytes, stored_format, unpack
-from common.presets import UNetConfig
+from common.formats.numbers import channel_axes, pack, stored_bytes, stored_format, stored_parts, unpack
+from common.presets import FORMATS, UNetConfig
 from common.runtime import sealed
 from common.runtime.sealed import CheckpointError
 
 MIB = 2**20
+MOST_CODED_WEIGHTS = 2**28  # 1 GiB as FP32: few bytes of entropy coding may stand for any number
+
+# What a file of a model holds, and of what types JSON has it.
+_HELD = {"architecture": dict, "data_range": list, "weights_sha256": str, "about": dict}
+_ARCHITECTURE = {
+    "channels": list,
+    "groups": int,
+    "heads": int,
+    "attention_layers": list,
+    "dropout": float,
+    "timesteps": int,
+}
+_ABOUT = {"label": str, "preset": str, "digits_seen": int, "training": dict, "loss_curve": list}
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,8 @@ class Model:
 
 def full_precision(config: UNetConfig, state: dict[str, torch.Tensor], metadata: dict) -> Model:
     """A model whose tensors are all stored as FP32."""
-    return Model(config, dict(state), dict.fromkeys(state, "fp32"), metadata)
+    stored = {name: tensor.detach().float().cpu() for name, tensor in state.items()}
+    return Model(config, stored, dict.fromkeys(state, "fp32"), metadata)
 
 
 def tensor_shapes(config: UNetConfig) -> dict[str, tuple[torch.Size, int]]:
@@ -115,19 +129,51 @@ def _metadata(model: Model, sha256: str) -> dict:
 
 
 def load_model(path: str | Path) -> Model:
-    """Reads what `save_model` wrote. Raises FileNotFoundError, or CheckpointError for any other file."""
+    """Reads what `save_model` wrote, and checks what it claims before memory is taken for it.
+
+    Raises FileNotFoundError, or CheckpointError for any other file.
+    """
     stored, metadata = sealed.load(path, "model")
-    config = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in metadata["architecture"].items()})
-    formats = metadata["formats"]
-    if formats == "entropy":
-        formats = dict.fromkeys(tensor_shapes(config), "entropy")
-    model = Model(config, stored, formats, metadata["about"])
-    if model.sha256 != metadata["weights_sha256"]:
+    try:
+        model = _model_of(stored, metadata)
+        sha256 = model.sha256
+        for name, tensor in model.state.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"tensor {name} holds numbers that are not finite")
+    except ValueError as error:
+        raise CheckpointError(f"{path} holds no model that can be used: {error}; make it anew") from None
+    if sha256 != metadata["weights_sha256"]:
         raise CheckpointError(f"{path}: the unpacked weights do not fit their hash; make it anew")
     return model
 
 
-def _named(name: str, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _model_of(stored: dict[str, torch.Tensor], metadata: dict) -> Model:
+    """The model that a file's tensors and metadata describe, none of it unpacked. Raises ValueError."""
+    formats = metadata.get("formats")
+    sealed.require_metadata(metadata, _HELD | {"formats": dict if formats != "entropy" else str})
+    sealed.require_metadata(metadata["architecture"], _ARCHITECTURE)
+    about = metadata["about"]
+    sealed.require_metadata(about, {"label": str} | {key: _ABOUT.get(key, type(about[key])) for key in about})
+    if metadata["data_range"] != list(DATA_RANGE):
+        raise ValueError(f"its images are not of the range {DATA_RANGE}")
+    config = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in metadata["architecture"].items()})
+    shapes = tensor_shapes(config)
+    if formats == "entropy":
+        if (weights := sum(shape.numel() for shape, _ in shapes.values())) > MOST_CODED_WEIGHTS:
+            raise ValueError(f"{weights} weights, more than the {MOST_CODED_WEIGHTS} that are decoded")
+        return Model(config, stored, dict.fromkeys(shapes, "entropy"), about)
+    sealed.require_metadata(formats, dict.fromkeys(shapes, str))
+    expected = {}
+    for name, (shape, axis) in shapes.items():
+        if formats[name] not in FORMATS or stored_format(formats[name], shape) != formats[name]:
+            raise ValueError(f"tensor {name} has format {sealed.shorten(formats[name])}")
+        expected |= _named(name, stored_parts(shape, formats[name], axis))
+    sealed.require_tensors(stored, expected)
+    return Model(config, stored, formats, about)
+
+
+def _named(name: str, parts: dict) -> dict:
+    """`parts` of a tensor under the names that a file gives them."""
     return {f"{name}:{part}".removesuffix(":"): tensor for part, tensor in parts.items()}
 
 
