@@ -1,6 +1,10 @@
 """FID, KID, score and PSNR against other libraries and closed forms; their errors against redrawing."""
 
+import errno
+import os
+import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -183,14 +187,18 @@ def test_psnr_of_equal_images_is_infinite():
 N, DIMENSIONS, RESAMPLES = 1500, 6, 400
 
 
+def draws(n=N):
+    """How often each image was drawn in each of the bootstrap's resamples: (RESAMPLES, n)."""
+    return np.random.default_rng(3).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+
+
 def resamples(statistic, n=N):
-    """Values of statistic(counts) over bootstrap resamples; counts (n,) says how often each image was drawn."""
-    generator = np.random.default_rng(3)
-    return np.array([statistic(generator.multinomial(n, np.full(n, 1 / n))) for _ in range(RESAMPLES)])
+    """Values of statistic(counts) over the resamples; counts (n,)."""
+    return np.array([statistic(counts) for counts in draws(n)])
 
 
 def kid_of_counts(features, reference):
-    """KID as a function of how often each image was drawn; an image is not paired with its own copies."""
+    """KID as a function of how often each image was drawn, counts (R, n); no image is paired with its own copies."""
 
     def kernel(a, b):
         return (a @ b.T / DIMENSIONS + 1) ** 3
@@ -199,8 +207,9 @@ def kid_of_counts(features, reference):
     across = kernel(features, reference.sample).mean(1)
 
     def statistic(counts):
-        n = counts.sum()
-        return counts @ within @ counts / (n * (n - 1)) + reference.kernel_mean - 2 * counts @ across / n
+        n = counts.shape[1]
+        pairs = (counts @ within * counts).sum(1)
+        return pairs / (n * (n - 1)) + reference.kernel_mean - 2 * counts @ across / n
 
     return statistic
 
@@ -234,8 +243,8 @@ def test_error_of_fid_agrees_with_its_closed_form():
 def test_error_of_kid_agrees_with_the_bootstrap(drawn):
     features, _, reference = drawn
     statistic = kid_of_counts(features, reference)
-    assert statistic(np.ones(N)) == pytest.approx(kid(features, reference).value, rel=1e-9)
-    assert kid(features, reference).error == pytest.approx(resamples(statistic).std(ddof=1), rel=0.1)
+    assert statistic(np.ones((1, N))) == pytest.approx(kid(features, reference).value, rel=1e-9)
+    assert kid(features, reference).error == pytest.approx(statistic(draws()).std(ddof=1), rel=0.1)
 
 
 def test_error_of_score_agrees_with_the_bootstrap():
@@ -246,7 +255,7 @@ def test_error_of_score_agrees_with_the_bootstrap():
 
 def test_error_of_psnr_agrees_with_the_bootstrap():
     generator = torch.Generator().manual_seed(7)
-    a = torch.full((400, 32, 32), 100, dtype=torch.uint8)
+    a = torch.full((400, 2, 2), 100, dtype=torch.uint8)  # small, for speed
     b = a + torch.randint(60, (400, 1, 1), generator=generator, dtype=torch.uint8)
     values = resamples(
         lambda counts: psnr(*(x.repeat_interleave(torch.from_numpy(counts), 0) for x in (a, b)))[0], n=400
@@ -268,7 +277,7 @@ def test_error_of_a_difference_is_paired(drawn, name):
     else:
         a, b = kid(first, reference), kid(second, reference)
         of_first, of_second = kid_of_counts(first, reference), kid_of_counts(second, reference)
-        values = resamples(lambda counts: of_second(counts) - of_first(counts))
+        values = of_second(draws()) - of_first(draws())
     difference, error = b.minus(a)
     assert difference == b.value - a.value != 0
     assert error == pytest.approx(values.std(ddof=1), rel=0.1)
@@ -436,29 +445,145 @@ def test_folder_of_another_size_is_refused(tmp_path):
 
 def test_folder_without_images_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(UserError, match="no images") as error:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for folder, said in (
+        (tmp_path, "no images"),
+        (tmp_path / "absent", "no such folder"),
+        (tmp_path / "a.txt", "is a file, not a folder"),
+        (tmp_path / "loop", "cannot be read (Too many levels of symbolic links)"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_folder(folder)
+        assert str(folder) in str(error.value) and said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_folder_without_permission_is_refused(tmp_path, monkeypatch):
+    def forbid(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", forbid)  # root may read any folder
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\); name another folder"):
         load_folder(tmp_path)
-    assert str(tmp_path) in str(error.value)
-    with pytest.raises(UserError, match="no such folder") as error:
-        load_folder(tmp_path / "absent")
-    assert "absent" in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["text", "empty", "truncated", "garbage after the header"])
-def test_file_that_is_no_image_is_refused(tmp_path, kind):
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_of_size(width, height, *more):
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(bytes(33 * 32)))
+    return b"\x89PNG\r\n\x1a\n" + b"".join((header, *more, body)) + chunk(b"IEND", b"")
+
+
+@pytest.fixture
+def one_png(tmp_path):
+    """The bytes of a good file, and that it is good."""
     save(tmp_path / "a.png", torch.randint(256, (32, 32), dtype=torch.uint8))
-    content = (tmp_path / "a.png").read_bytes()
-    (tmp_path / "bad.png").write_bytes(
-        {
-            "text": b"text",
-            "empty": b"",
-            "truncated": content[: len(content) // 2],
-            "garbage after the header": content[:50] + bytes(len(content) - 50),
-        }[kind]
-    )
-    with pytest.raises(UserError, match=r"bad\.png: not a readable image") as error:
-        load_folder(tmp_path)
-    assert "\n" not in str(error.value)
+    assert len(load_folder(tmp_path)) == 1
+    return (tmp_path / "a.png").read_bytes()
+
+
+def refused_as(path, said):
+    with pytest.raises(UserError) as error:
+        load_folder(path.parent)
+    assert str(path) in str(error.value) and said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda content: b"text", "not a readable image"),
+        (lambda content: b"", "not a readable image"),
+        (lambda content: content[: len(content) // 2], "not a readable image"),
+        (lambda content: content[:50] + bytes(len(content) - 50), "not a readable image"),
+        (lambda content: png_of_size(32, 32, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**21)))), "too large"),
+        (lambda content: png_of_size(20_000, 20_000), "28x28 or 32x32"),  # Pillow refuses
+        (lambda content: png_of_size(10_000, 10_000), "is 10000x10000"),  # Pillow warns
+        (lambda content: content + bytes(2**24), "larger than 16 MiB"),
+        (lambda content: b"P5 32 32 255\n" + bytes(32 * 32), "not a readable image"),  # a format that is not asked for
+    ],
+    ids=["text", "empty", "cut", "garbage", "text bomb", "bomb", "smaller bomb", "large file", "pgm"],
+)
+def test_file_that_is_no_image_is_refused(tmp_path, one_png, recwarn, damage, said):
+    (tmp_path / "bad.png").write_bytes(damage(one_png))
+    refused_as(tmp_path / "bad.png", said)
+    assert not recwarn
+
+
+def test_size_is_refused_before_anything_is_decoded(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(png_of_size(33, 32))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("decoded"))
+    refused_as(tmp_path / "a.png", "is 33x32")
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (os.mkfifo, "not a file"),
+        (lambda path: path.mkdir(), "a folder"),
+        (lambda path: path.symlink_to("absent"), "a link to none"),
+        (lambda path: path.symlink_to(path), "a link to none"),
+        (lambda path: path.symlink_to("/dev/zero"), "not a file"),
+    ],
+    ids=["named pipe", "folder", "broken link", "loop of links", "device"],
+)
+def test_path_that_is_no_file_is_refused(tmp_path, one_png, make, said):
+    make(tmp_path / "bad.png")
+    refused_as(tmp_path / "bad.png", said)
+
+
+def test_image_without_permission_is_refused(tmp_path, one_png, monkeypatch):
+    def forbid(path, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Image, "open", forbid)  # root may read any file
+    refused_as(tmp_path / "a.png", "Permission denied")
+
+
+def test_sixteen_bits_become_eight(tmp_path):
+    # 0..65535 to 0..255, to the nearest: 257 steps each.
+    values = np.resize(np.array([0, 128, 129, 256, 257, 300, 32_767, 32_768, 65_406, 65_407, 65_535]), (32, 32))
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "a.png")
+    expected = [0, 0, 1, 1, 1, 1, 127, 128, 254, 255, 255]
+    assert load_folder(tmp_path)[0].flatten()[:11].tolist() == expected
+
+
+def test_one_bit_is_black_or_white(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 2, (32, 32)).astype(bool)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert np.array_equal(load_folder(tmp_path)[0], pixels * 255)
+
+
+def with_alpha(mode, alpha):
+    return Image.merge(mode, [Image.new("L", (32, 32), 200)] * (len(mode) - 1) + [alpha])
+
+
+def test_transparent_pixels_are_refused_and_opaque_ones_taken(tmp_path):
+    opaque = Image.new("L", (32, 32), 255)
+    almost = opaque.copy()
+    almost.putpixel((5, 6), 254)
+    for mode in ("LA", "RGBA"):
+        with_alpha(mode, opaque).save(tmp_path / "a.png")
+        assert (load_folder(tmp_path)[0] == 200).all()
+        with_alpha(mode, almost).save(tmp_path / "a.png")
+        refused_as(tmp_path / "a.png", "transparent")
+    Image.new("L", (32, 32), 7).convert("P").save(tmp_path / "a.png", transparency=8)  # of no pixel
+    assert (load_folder(tmp_path)[0] == 7).all()
+    for mode in ("P", "L", "I;16"):
+        grey = Image.new("L", (32, 32), 7)
+        (grey if mode == "L" else grey.convert(mode)).save(tmp_path / "a.png", transparency=7)
+        refused_as(tmp_path / "a.png", "transparent")
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "png"])
+def test_file_of_several_pictures_is_refused(tmp_path, ending):
+    frames = [Image.new("L", (32, 32), grey) for grey in (0, 250)]
+    path = tmp_path / f"a.{ending}"
+    frames[0].save(path)
+    assert not load_folder(tmp_path).any()
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    refused_as(path, "more than one picture")
 
 
 def run_metrics(monkeypatch, *arguments):
@@ -467,17 +592,17 @@ def run_metrics(monkeypatch, *arguments):
 
 
 def test_main_scores_a_folder(tmp_path, monkeypatch, capsys):
-    real, test = load_digits("mnist5k", "train")[::8], load_digits("mnist5k", "test")[::3]
-    monkeypatch.setattr("common.ddpm.digits.load_digits", lambda data, split, data_dir: {"train": real}[split])
+    real, test = load_digits("mnist5k", "train")[::15], load_digits("mnist5k", "test")[:780:3]
+    monkeypatch.setattr(score_folder, "load_digits", lambda data, split, data_dir: {"train": real}[split])
     for i, pixels in enumerate(test):
         save(tmp_path / f"{i:03d}.png", pixels[2:30, 2:30])
     run_metrics(monkeypatch, tmp_path, "--device", "cpu")
     printed = capsys.readouterr().out
     network = load_features("mnist", torch.device("cpu"))
     a, b = (scores.extract(images, network)[0] for images in (test, real))
-    expected = calculate_frechet_distance(*moments(a), *moments(b))
+    expected = frechet_distance(*moments(a), *moments(b))
     assert f"FID {expected:.3f} ± " in printed
-    assert f"334 images against 500 digits of mnist5k; mnist features {CLASSIFIER_SHA256[:8]}" in printed
+    assert f"260 images against 267 digits of mnist5k; mnist features {CLASSIFIER_SHA256[:8]}" in printed
 
 
 def test_main_refuses_too_few_images(tmp_path, monkeypatch):
@@ -486,3 +611,28 @@ def test_main_refuses_too_few_images(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as error:
         run_metrics(monkeypatch, tmp_path, "--device", "cpu")
     assert "3 images are too few" in error.value.code and "at least 257" in error.value.code
+
+
+@pytest.mark.parametrize("light", [False, True])
+def test_main_warns_of_digits_that_are_black_on_white(tmp_path, monkeypatch, capsys, light):
+    monkeypatch.setattr(score_folder, "load_features", lambda *_: FourFeatures())
+    monkeypatch.setattr(score_folder, "load_digits", lambda *_: load_digits("mnist5k", "test"))
+    for i, pixels in enumerate(load_digits("mnist5k", "test")[:5]):
+        save(tmp_path / f"{i}.png", 255 - pixels if light else pixels)
+    run_metrics(monkeypatch, tmp_path, "--device", "cpu")
+    error = capsys.readouterr().err
+    assert ("invert them" in error and len(error.splitlines()) == 1) if light else error == ""
+
+
+def test_main_refuses_weights_of_another_metric(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit) as error:
+        run_metrics(monkeypatch, tmp_path, "--inception-weights", "weights.pth")
+    assert "--inception-weights weights.pth: goes with --metric inception only" in error.value.code
+
+
+@pytest.mark.parametrize("arguments", [[""], [".", "--data-dir", ""], [".", "--inception-weights", ""]])
+def test_main_refuses_an_empty_name(monkeypatch, capsys, arguments):
+    with pytest.raises(SystemExit):
+        run_metrics(monkeypatch, *arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"argument {arguments[1] if arguments[1:] else 'DIR'}: ''" in line
