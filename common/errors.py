@@ -7,7 +7,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-
 GRACE_SECONDS = 2.0  # torchrun ends the other processes within a fraction of a second of the first one's end
 
 

@@ -109,19 +109,18 @@ def coded_model(baseline: Model, stored: dict[str, torch.Tensor], metadata: dict
 
 def budget_metadata(run: Run, baseline: Model, coding: str, size: str, variant: str | None = None, **more) -> dict:
     """What a model of a given size says of itself: `size` as it was asked for, `variant` and its number in `more`
-    (draw or updates)."""
+    (draw or updates). Every byte counts, so nothing is said that the baseline's own file says."""
     words = {"finetuned": f"{more.get('updates')} updates", "random": f"random {more.get('draw')}"}
     setting = ", ".join(filter(None, [size, words.get(variant, variant)]))
     former = {"first": ", Fisher timestep 1", "uniform": ", Fisher timestep all", "image": ""}[run.timestep_weighting]
-    kept = {key: value for key, value in baseline.metadata.items() if key != "loss_curve"}
+    kept = {key: value for key, value in baseline.metadata.items() if key not in ("loss_curve", "precision")}
     return kept | {
         "label": f"Budget {setting} ({coding}{former})",
         "strategy": "Budget",
         "setting": setting,
-        "variant": variant,
+        **({"variant": variant} if variant else {}),
         "format": coding,
-        "timestep_weighting": run.timestep_weighting,
-        "published": None,
+        "weighting": run.timestep_weighting,
         "baseline": baseline.sha256,
         **more,
     }

@@ -10,14 +10,16 @@ from torch import nn
 from common.choose.layers import layer_of, layer_weights
 from common.ddpm.digits import load_digits
 from common.ddpm.sampling import Sampling, generate, image_file
+from common.errors import UserError
 from common.formats.packed import MIB, Model
 from common.metrics.features import load_features
 from common.metrics.scores import Reference, Scores, describe, load_reference, psnr, require_enough, score
 from common.runtime.device import derive_seed
-from common.study.rows import BASELINE, REAL, Figure, Row, Settings
+from common.study.rows import BASELINE, REAL, Figure, Row, Settings, checked
 from common.study.run import Run
 
 PUBLISHED_BASELINE = (22.7512, 134.2)
+WORDS = {"weighting": "timestep_weighting", "published": "published"}  # of a model's metadata: field of a row
 
 
 @dataclass(frozen=True)
@@ -103,17 +105,10 @@ def model_row(
 
     What it is, its metadata say; `more` adds to the fields or replaces them.
     """
-    said = model.metadata
     same = baseline is None or baseline.weights == measured.weights
-    known = {
-        "strategy": said.get("strategy", BASELINE),
-        "format": said.get("format", "fp32"),
-        "published": tuple(said["published"]) if said.get("published") else None,
-        "file_mib": path.stat().st_size / MIB,
-        **{key: said[key] for key in ("setting", "variant", "draw", "updates", "timestep_weighting") if key in said},
-    }
+    known = said_of(model) | {"file_mib": path.stat().st_size / MIB}
     return Row(
-        label=said["label"] + ("" if settings.precision == "fp32" else f" [{settings.precision}]"),
+        label=model.metadata["label"] + ("" if settings.precision == "fp32" else f" [{settings.precision}]"),
         settings=settings,
         weights=measured.weights,
         size_mib=model.size_mib(),
@@ -125,6 +120,19 @@ def model_row(
         **({} if same else differences(measured, baseline)),
         **(known | more),
     )
+
+
+def said_of(model: Model) -> dict:
+    """{field of a row: value} that the model's metadata say. Raises UserError for what no row can hold."""
+    said = {"strategy": BASELINE, "format": "fp32"} | {
+        WORDS.get(key, key): value
+        for key, value in model.metadata.items()
+        if value is not None and key in ("strategy", "setting", "variant", "draw", "updates", "format", *WORDS)
+    }
+    try:
+        return {key: checked(key, value) for key, value in said.items()}
+    except ValueError as error:
+        raise UserError(f"{str(model.metadata['label'])[:80]}: not a model of this software: {error}") from None
 
 
 def measured_row(settings: Settings, label: str, measured: Measured, baseline: Measured, **more) -> Row:

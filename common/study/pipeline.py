@@ -16,7 +16,7 @@ from common.presets import FORMATS
 from common.runtime import distributed
 from common.study import baselines
 from common.study.diffusion_fisher import fisher_table
-from common.study.evaluate import Evaluator, baseline_row, make_evaluator, model_row, real_rows, settings_of
+from common.study.evaluate import Evaluator, baseline_row, make_evaluator, model_row, real_rows, said_of, settings_of
 from common.study.report import format_kept, format_table, format_tensors
 from common.study.rows import Row
 from common.study.run import Run, start
@@ -47,9 +47,9 @@ def quantized_metadata(
         "strategy": strategy,
         "setting": setting,
         "format": run.fmt,
-        "timestep_weighting": run.timestep_weighting if setting else None,
-        "published": published if run.fmt == "fp16" else None,
         "baseline": baseline.sha256,
+        **({"weighting": run.timestep_weighting} if setting else {}),
+        **({"published": published} if published and run.fmt == "fp16" else {}),
         **more,
     }
 
@@ -190,6 +190,7 @@ def run_baseline(
         if original is not None and model.is_baseline:
             raise UserError(f"--baseline {original}: {run.checkpoint} is a baseline itself; leave the option out")
     if not model.is_baseline:
+        said_of(model)  # raises, before any work, where no row can hold it
         baseline, path = baselines.original_of(run, model, original)
         origin = model.metadata.get("baseline")
         print_rows(run, measure_models(run, make_evaluator(run), origin, baseline, path, [model]))

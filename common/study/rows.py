@@ -117,7 +117,7 @@ def row_from_json(flat: dict) -> Row:
                 raise ValueError(f"{key} of {value:g} ± {error:g} cannot be")
             values[key] = Figure(value, error)
     for key, value in flat.items():
-        values[key] = _checked(key, value)
+        values[key] = checked(key, value)
     return Row(**values)
 
 
@@ -134,7 +134,8 @@ def _settings(flat: dict) -> Settings:
     return Settings(**values)
 
 
-def _checked(key: str, value):
+def checked(key: str, value):
+    """The value of a row's field as a row holds it. Raises ValueError where it cannot be one."""
     if key in _TEXTS:
         valid = isinstance(value, str)
     elif key in _COUNTS:
