@@ -3,9 +3,11 @@
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from attack_files import hostile_files, limited_memory, models, outcome
 
 from common.choose.layers import is_norm, layer_weights
 from common.ddpm.noise import NoiseStreams
@@ -193,6 +195,36 @@ def test_any_byte_of_a_weight_changed_is_refused(quantize, tmp_path):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with pytest.raises(CheckpointError):
             load_model(path)
+
+
+def test_what_is_sealed_but_wrong_inside_is_refused_before_memory_is_taken(tmp_path):
+    results, path = {}, tmp_path / "attacked.safetensors"
+    for wrong, content in hostile_files().items():
+        path.write_bytes(content)
+        with limited_memory():
+            results[wrong] = outcome(path)
+    assert len(results) > 100
+    assert {wrong: result for wrong, result in results.items() if result != "refused"} == {}
+
+
+def test_the_models_that_are_attacked_are_read(tmp_path):
+    """Else the attacks would show nothing."""
+    for fmt, model in models().items():
+        save_model(tmp_path / fmt, model)
+        assert load_model(tmp_path / fmt).sha256 == model.sha256
+
+
+def test_weights_of_another_type_are_stored_as_float32(tiny_network, tmp_path):
+    state = {name: tensor.bfloat16() for name, tensor in tiny_network.state_dict().items()}
+    model = full_precision(tiny_network.config, state, ABOUT)
+    save_model(tmp_path / "model", model)
+    assert equal(load_model(tmp_path / "model").state, {name: tensor.float() for name, tensor in state.items()})
+
+
+def test_the_model_that_comes_with_the_software_is_read():
+    """A file without a format version."""
+    model = load_model(Path(__file__).parents[1] / "checkpoints" / "quick.safetensors")
+    assert model.sha256 == "4914ccb0c4dea4323f8e050f636abeb6fbd9cb3bba4bf156a32ae7bfc4703bef"
 
 
 def test_a_file_of_another_kind_is_no_model(tmp_path):

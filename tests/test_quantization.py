@@ -171,11 +171,36 @@ def test_the_input_is_left_alone():
 
 def test_fp16_takes_its_largest_number_and_refuses_more():
     assert fake_quantize(torch.tensor([-65504.0, 1.0]), "fp16").tolist() == [-65504.0, 1.0]
-    for value in (65536.0, -1e30, math.inf):
+    for value in (65536.0, -1e30, math.inf, math.nan):
         with pytest.raises(UserError, match="does not fit fp16"):
             fake_quantize(torch.tensor([1.0, value]), "fp16")
         with pytest.raises(UserError, match="does not fit fp16"):
             pack(torch.tensor([1.0, value]), "fp16")
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("fmt", INTEGERS)
+def test_no_integer_stands_for_what_is_not_finite(fmt, value):
+    for make in (pack, fake_quantize):
+        with pytest.raises(UserError, match=f"not finite: no {fmt}"):
+            make(torch.tensor([[1.0, value], [1.0, 2.0]]), fmt)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_weights_of_other_types_are_packed_as_their_float32_values(fmt, dtype):
+    w = weights((5, 3, 3, 3)).to(dtype)
+    expected, stored = pack(w.float(), fmt), pack(w, fmt)
+    assert stored.keys() == expected.keys()
+    assert all(stored[p].dtype == expected[p].dtype and torch.equal(stored[p], expected[p]) for p in expected)
+    assert equal_bits(unpack(stored, fmt, w.shape), fake_quantize(w.float(), fmt))
+    assert equal_bits(fake_quantize(w, fmt), fake_quantize(w.float(), fmt))
+
+
+def test_codes_of_any_type_are_packed_as_integers():
+    codes = torch.tensor([3, -3, 1, -1, 0])
+    for dtype in (torch.bfloat16, torch.int64):
+        assert pack_codes(codes.to(dtype), 3).tolist() == [0b011_101_00, 0b1_111_000_0]
 
 
 def test_one_dimension_never_goes_below_fp16():

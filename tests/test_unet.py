@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from attack_files import limited_memory
 from torch import nn
 
 from common.ddpm.unet import UNet, attend, from_published, load_tensors, sinusoidal_embedding
@@ -234,6 +235,29 @@ def test_a_tensor_that_tells_the_width_is_named_where_its_shape_is_wrong():
 def test_a_state_dict_of_something_else_is_refused():
     with pytest.raises(ValueError, match="not a published state dict"):
         from_published(nn.Linear(2, 2).state_dict())
+
+
+@pytest.mark.parametrize("value", [torch.tensor(1.0), "text", None])
+def test_a_published_state_dict_without_a_width_is_refused(value):
+    state = random_published((4, 8, 16, 32, 32, 24)) | {"shallow_conv.weight": value}
+    with pytest.raises(ValueError, match=r"not a published state dict: shallow_conv\.weight"):
+        from_published(state, groups=2, heads=2)
+
+
+@pytest.mark.parametrize(
+    "value", [[1.0], None, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.complex64)]
+)
+def test_what_is_no_tensor_of_real_numbers_is_named(value):
+    state = random_published((4, 8, 16, 32, 32, 24)) | {"output_conv.bias": value}
+    with pytest.raises(ValueError, match=r"output_conv\.bias is no tensor of real numbers"):
+        from_published(state, groups=2, heads=2)
+
+
+def test_a_width_that_one_tensor_claims_takes_no_memory():
+    """2048 channels are 144 GB of weights."""
+    state = random_published((4, 8, 16, 32, 32, 24)) | {"shallow_conv.weight": torch.zeros(2048, 1, 3, 3)}
+    with limited_memory(), pytest.raises(ValueError, match="the network has"):
+        from_published(state, groups=2, heads=2)
 
 
 def test_failed_loading_leaves_the_network_alone(tiny_network):

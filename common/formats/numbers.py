@@ -54,18 +54,23 @@ def channel_axes(network: nn.Module) -> dict[str, int]:
 
 
 def quantize_integer(weight: torch.Tensor, fmt: str, axis: int) -> IntegerTensor:
-    """Nearest symmetric integers of the weight's float32 values. A channel of zeros takes scale 1."""
+    """Nearest symmetric integers of the weight's float32 values. A channel of zeros takes scale 1.
+
+    Raises UserError for weights that are not finite.
+    """
     largest = 2 ** (bits(fmt) - 1) - 1
     weight = weight.float()
     other_axes = [i for i in range(weight.dim()) if i != axis]
     scale = weight.abs().amax(dim=other_axes) / largest
+    if not scale.isfinite().all():
+        raise UserError(f"a weight is not finite: no {fmt} stands for it")
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     codes = (weight / _along(scale, axis, weight.dim())).round().clamp(-largest, largest).to(torch.int8)
     return IntegerTensor(codes, scale, axis)
 
 
 def fake_quantize(weight: torch.Tensor, fmt: str, axis: int = 0) -> torch.Tensor:
-    """FP32 weights with the values that `fmt` can store. Raises UserError where fp16 would overflow."""
+    """FP32 weights with the values that `fmt` can store. Raises UserError where it can store no such value."""
     if fmt == "fp32":
         return weight.float().clone()
     if fmt == "fp16":
@@ -126,6 +131,6 @@ def _along(scale: torch.Tensor, axis: int, dim: int) -> torch.Tensor:
 
 def _to_fp16(weight: torch.Tensor) -> torch.Tensor:
     weight = weight.float()
-    if weight.abs().max() > FP16_MAX:
-        raise UserError(f"a weight of {weight.abs().max():.3g} does not fit fp16 (largest {FP16_MAX:.0f})")
+    if not (largest := weight.abs().max()) <= FP16_MAX:  # nor does NaN
+        raise UserError(f"a weight of {largest:.3g} does not fit fp16 (largest {FP16_MAX:.0f})")
     return weight.half()

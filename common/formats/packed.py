@@ -1,9 +1,10 @@
 """A model: a network's weights as a file stores them, each in its format, and what sampling needs to know of them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -94,12 +95,13 @@ def full_precision(config: UNetConfig, state: dict[str, torch.Tensor], metadata:
     return Model(config, stored, dict.fromkeys(state, "fp32"), metadata)
 
 
-def tensor_shapes(config: UNetConfig) -> dict[str, tuple[torch.Size, int]]:
+@lru_cache(maxsize=8)  # the network that is built takes longer than reading a file
+def tensor_shapes(config: UNetConfig) -> Mapping[str, tuple[torch.Size, int]]:
     """{name: (shape, output-channel axis)} of the network's tensors; builds no weights."""
     with torch.device("meta"):
         network = UNet(config)
     axes = channel_axes(network)
-    return {name: (tensor.shape, axes[name]) for name, tensor in network.state_dict().items()}
+    return MappingProxyType({name: (tensor.shape, axes[name]) for name, tensor in network.state_dict().items()})
 
 
 def size_mib(config: UNetConfig, formats: dict[str, str]) -> float:
