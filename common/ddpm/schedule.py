@@ -102,7 +102,9 @@ class Schedule:
             weights = np.array(self.image_weights(list(range(self.timesteps))))
             density = image_share * weights / weights.sum() + (1 - image_share) / self.timesteps
             self._quantiles[image_share] = torch.from_numpy(np.cumsum(density)).to(self._abar.device)
-        return torch.searchsorted(self._quantiles[image_share].to(places.device), places.double()).clamp_(max=self.timesteps - 1)
+        return torch.searchsorted(self._quantiles[image_share].to(places.device), places.double()).clamp_(
+            max=self.timesteps - 1
+        )
 
     def spaced_timesteps(self, steps: int) -> list[int]:
         """`steps` timesteps from T-1 down, evenly spaced ("trailing", Lin et al. 2024, table 2)."""
