@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from benchmarks import memory, profile, published, samplers, speed
+from benchmarks import memory, peers, profile, published, samplers, speed
 from common.ddpm.unet import UNet
+from common.errors import UserError
 from common.presets import PRESETS
 
 
@@ -38,6 +39,20 @@ def test_speed_names_each_way_and_compares_it_with_the_published_one(tiny_preset
     table = speed.format_timings([speed.Timing("a", "published", 3.0, 0.5), speed.Timing("a", "fp32", 0.5, None)])
     assert table.splitlines()[1].split() == ["a", "published", "3000.000", "1.00x", "50.0%"]
     assert table.splitlines()[2].split() == ["a", "fp32", "500.000", "6.00x", "-"]
+
+
+@pytest.mark.parametrize("name", ["", "file/speed.json"])
+def test_speed_that_cannot_write_its_times_says_so_before_it_begins(monkeypatch, capsys, tmp_path, name):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(speed, "speed", lambda *_: pytest.fail("it began"))
+    with pytest.raises(UserError, match=f"^--json {tmp_path}.*name a"):
+        run(speed, monkeypatch, capsys, "--json", str(tmp_path / name))
+
+
+def test_peers_none_of_which_is_installed_are_an_error(tiny_preset, monkeypatch, capsys):
+    monkeypatch.setattr(peers, "_version", lambda package: None)
+    with pytest.raises(UserError, match="pip install torchao optimum-quanto|pip install optimum-quanto torchao"):
+        run(peers, monkeypatch, capsys, "--preset", "quick", "--device", "cpu")
 
 
 def test_profile_finds_the_operator_that_takes_the_time(tiny_preset, monkeypatch, capsys):

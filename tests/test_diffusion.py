@@ -243,6 +243,15 @@ def test_noise_differs_between_seeds_indices_and_draws():
     assert abs(correlations).max() < 5 / 32  # 5 standard errors of a correlation of 1,024 independent pairs
 
 
+def test_every_seed_of_64_bits_has_its_own_noise():
+    largest = 2**64 - 1
+    draws = [NoiseStreams(seed, [i]).draw() for seed in (2**63, 2**63 + 1, largest) for i in (0, 1, largest)]
+    assert len({draw.numpy().tobytes() for draw in draws}) == len(draws)
+    # Small keys are what they were when given to numpy as a list.
+    expected = np.random.Generator(np.random.Philox(key=[7, 3])).standard_normal((1, 32, 32), dtype=np.float32)
+    assert np.array_equal(NoiseStreams(7, [3]).draw()[0], expected)
+
+
 def test_noise_is_standard_normal():
     noise = NoiseStreams(0, range(200)).draw().double()
     n = noise.numel()

@@ -15,8 +15,13 @@ import torch
 from tiny_runs import PROCESSES, files, finish, table
 
 from common.ddpm.sampling import Sampling, generate
+from common.ddpm.unet import UNet
 from common.errors import UserError, run_main
-from common.runtime import distributed
+from common.presets import TrainingConfig
+from common.runtime import distributed, sealed
+from common.training.loop import train
+
+CPU = torch.device("cpu")
 
 
 def environments():
@@ -72,6 +77,44 @@ def test_training_by_two_is_the_training_of_one_up_to_rounding(two, start, tmp_p
     assert of_two == pytest.approx(of_one, rel=1e-2)
 
 
+def train_a_share(environment, network, config, digits, folder):
+    os.environ.update(environment)
+    distributed.start(CPU)
+    ema, losses = train(UNet(network), config, digits, folder / "state.safetensors", CPU, "fp32")
+    sealed.save(folder / f"{distributed.rank()}.safetensors", "ema", ema, {"losses": losses})
+
+
+def test_two_processes_train_on_the_whole_of_each_batch(tiny_config, monkeypatch, tmp_path):
+    """The weights of one process, but for the order of sums; half of each batch ends a hundred times further away."""
+    config = TrainingConfig(
+        data="mnist5k", batch_size=8, steps=6, lr=1e-3, muon_lr=1e-3, warmup_steps=2, ema=0.9, image_share=0.5
+    )
+    digits = torch.randint(0, 256, (20, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    shares = [
+        PROCESSES.Process(target=train_a_share, args=(environment, tiny_config, config, digits, tmp_path))
+        for environment in environments()
+    ]
+    for process in shares:
+        process.start()
+    one, losses = train(UNet(tiny_config), config, digits, tmp_path / "one.safetensors", CPU, "fp32")
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "processes", lambda: 2)
+        for exchange in ("mean", "broadcast"):
+            patch.setattr(distributed, exchange, lambda value: value)
+        patch.setattr(distributed, "average_gradients", lambda network: None)
+        half, _ = train(UNet(tiny_config), config, digits, tmp_path / "half.safetensors", CPU, "fp32")
+    for process in shares:
+        process.join(120)
+        assert process.exitcode == 0
+    (first, metadata), (second, _) = (sealed.load(tmp_path / f"{rank}.safetensors", "ema") for rank in range(2))
+
+    def distance(weights):
+        return max(float((weights[name] - tensor).abs().max()) for name, tensor in one.items())
+
+    assert distance(first) == distance(second) < 1e-5 < 1e-3 < distance(half)
+    assert metadata["losses"] == pytest.approx(losses, rel=1e-5)
+
+
 def test_two_killed_in_training_resume(two, start_two, tmp_path):
     """One of the two is killed; torchrun then ends the other; the same command ends in the same bytes."""
     state = tmp_path / "checkpoints" / "quick.training.safetensors"
@@ -106,7 +149,7 @@ def test_each_process_samples_its_share_alone(monkeypatch, tiny_network, tmp_pat
         images=10, sampler="ddim", steps=1, eta=0.0, batch_size=2, seed=0, device="cpu", precision="fp32"
     )
     with pytest.raises(AllSampled):
-        generate(tiny_network, "weights", sampling, torch.device("cpu"), tmp_path, "label")
+        generate(tiny_network, "weights", sampling, CPU, tmp_path, "label")
     assert sorted(path.name for path in tmp_path.rglob("*.safetensors")) == [
         "0000002.safetensors",
         "0000006.safetensors",
@@ -131,7 +174,7 @@ def test_torchrun_starts_a_script():
 
 def share_a_result_and_an_error(environment, told):
     os.environ.update(environment)
-    distributed.start(torch.device("cpu"))
+    distributed.start(CPU)
 
     def fail():
         raise UserError(f"from process {distributed.rank()}")

@@ -1,5 +1,6 @@
 """Training and sampling killed with SIGKILL and started again end in the bytes and the table of a run that was not."""
 
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -79,6 +80,14 @@ def test_killed_in_training_and_in_sampling(uninterrupted, start, tmp_path):
     assert not (tmp_path / "checkpoints" / "quick.safetensors").exists()
     assert kill_when(start(tmp_path), lambda: any(images.glob("*.parts/0*")), after=0.005)
     finish(start(tmp_path), tmp_path)
+    assert_same(tmp_path, uninterrupted)
+
+
+def test_two_scripts_at_once_in_one_folder(uninterrupted, start, tmp_path):
+    shutil.copytree(uninterrupted / "checkpoints", tmp_path / "checkpoints")
+    # Neither is of a group: the rank is but a part of the name of the file that each prints into.
+    for process in [start(tmp_path, environment={"RANK": str(i)}) for i in range(2)]:
+        finish(process, tmp_path)
     assert_same(tmp_path, uninterrupted)
 
 

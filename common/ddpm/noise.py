@@ -7,13 +7,15 @@ import torch
 
 
 class NoiseStreams:
-    """One stream of standard normal noise for each image: image i depends on (seed, i) alone.
+    """One stream of standard normal noise for each image: image i depends on (seed, i) alone, both 0..2^64 - 1.
 
     Philox is a counter-based generator keyed by (seed, i), and numpy's is the same on every machine and device.
     """
 
     def __init__(self, seed: int, indices: Sequence[int]):
-        self._streams = [np.random.Generator(np.random.Philox(key=[seed, i])) for i in indices]
+        # As a list, a key of 2^63 or more would be rounded to float64, and seeds would share their noise.
+        keys = (np.array([seed, i], dtype=np.uint64) for i in indices)
+        self._streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
 
     def draw(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The next noise of each image, (N, 1, 32, 32)."""

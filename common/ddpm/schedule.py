@@ -6,16 +6,21 @@ from torch import nn
 
 
 class Schedule:
-    """Linear beta from 1e-4 to 0.02 (Ho et al. 2020, section 4). Timesteps are 0..T-1; 0 holds the least noise."""
+    """Linear beta from 1e-4 to 0.02 (Ho et al. 2020, section 4). Timesteps are 0..T-1; 0 holds the least noise.
 
-    def __init__(self, timesteps: int = 1000):
+    device: where `add_noise` and `timesteps_at` are mostly called; elsewhere each call copies a table there.
+    """
+
+    def __init__(self, timesteps: int = 1000, device: torch.device | str = "cpu"):
         self.timesteps = timesteps
         self.betas = np.linspace(1e-4, 0.02, timesteps)  # float64; the products below lose digits in float32
         self.alphas_cumprod = np.cumprod(1 - self.betas)
+        self._abar = torch.from_numpy(self.alphas_cumprod).to(device)
+        self._quantiles: dict[float, torch.Tensor] = {}
 
     def add_noise(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, eq. 4); x0, noise (N, ...), t (N,)."""
-        abar = torch.from_numpy(self.alphas_cumprod).to(x0.device)[t].view(-1, *[1] * (x0.dim() - 1))
+        abar = self._abar.to(x0.device)[t].view(-1, *[1] * (x0.dim() - 1))
         return abar.sqrt().to(x0.dtype) * x0 + (1 - abar).sqrt().to(x0.dtype) * noise
 
     def predict_x0(self, x: torch.Tensor, eps: torch.Tensor, t: int) -> torch.Tensor:
@@ -93,10 +98,13 @@ class Schedule:
 
         A share `image_share` of the timesteps lies as densely as `image_weights`, the rest evenly over 0..T-1.
         """
-        weights = np.array(self.image_weights(list(range(self.timesteps))))
-        density = image_share * weights / weights.sum() + (1 - image_share) / self.timesteps
-        share = torch.from_numpy(np.cumsum(density)).to(places.device)
-        return torch.searchsorted(share, places.double()).clamp_(max=self.timesteps - 1)
+        if image_share not in self._quantiles:
+            weights = np.array(self.image_weights(list(range(self.timesteps))))
+            density = image_share * weights / weights.sum() + (1 - image_share) / self.timesteps
+            self._quantiles[image_share] = torch.from_numpy(np.cumsum(density)).to(self._abar.device)
+        return torch.searchsorted(self._quantiles[image_share].to(places.device), places.double()).clamp_(
+            max=self.timesteps - 1
+        )
 
     def spaced_timesteps(self, steps: int) -> list[int]:
         """`steps` timesteps from T-1 down, evenly spaced ("trailing", Lin et al. 2024, table 2)."""

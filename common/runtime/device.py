@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import hashlib
+import os
 import platform
 import re
 
@@ -25,13 +26,22 @@ def bf16_is_faster(device: torch.device) -> bool:
 def set_up_torch() -> None:
     """No TF32 and no reduced-precision sums, which round as coarsely as the formats under study; freed memory is kept.
 
-    By default glibc gives large blocks back to the kernel, which clears every page anew for the next tensor.
+    By default glibc gives large blocks back to the kernel, which clears every page anew for the next tensor. On CUDA
+    only operations that always sum in the same order are allowed, so that a resumed run can end in the same bytes;
+    tests/test_cuda.py checks it where there is a GPU.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_accumulation = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)

@@ -53,23 +53,25 @@ def stratified(n: int, device: torch.device, generator: torch.Generator | None =
 
 
 class EpochOrder:
-    """Which digits step k sees: each epoch is a permutation drawn from (seed, epoch)."""
+    """Which digits step k sees: each epoch is a permutation drawn from (seed, epoch), and kept on `device`."""
 
-    def __init__(self, digits: int, batch_size: int, seed: int):
-        self.digits, self.batch_size, self.seed = digits, batch_size, seed
+    def __init__(self, digits: int, batch_size: int, seed: int, device: torch.device | str = "cpu"):
+        self.digits, self.batch_size, self.seed, self.device = digits, batch_size, seed, device
         self._permutations: dict[int, torch.Tensor] = {}
 
     def indices(self, step: int) -> torch.Tensor:
         """(batch_size,) int64; a batch may end one epoch and begin the next."""
-        places = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs = places // self.digits
+        first, end = step * self.batch_size, (step + 1) * self.batch_size
+        epochs = range(first // self.digits, (end - 1) // self.digits + 1)
         known = self._permutations
-        self._permutations = {e: known[e] if e in known else self._permutation(e) for e in epochs.unique().tolist()}
-        return torch.cat([order[places[epochs == e] % self.digits] for e, order in self._permutations.items()])
+        self._permutations = {e: known[e] if e in known else self._permutation(e) for e in epochs}
+        return torch.cat(
+            [order[max(0, first - e * self.digits) : end - e * self.digits] for e, order in self._permutations.items()]
+        )
 
     def _permutation(self, epoch: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
-        return torch.randperm(self.digits, generator=generator)
+        return torch.randperm(self.digits, generator=generator).to(self.device)
 
 
 def train(
@@ -93,7 +95,7 @@ def train(
             f"a batch of {config.batch_size} digits does not divide by {processes} processes: start as many as do"
         )
     mine = slice(rank * config.batch_size // processes, (rank + 1) * config.batch_size // processes)
-    schedule = Schedule(network.config.timesteps)
+    schedule = Schedule(network.config.timesteps, device)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     for module in network.modules():
         if hasattr(module, "reset_parameters"):
@@ -115,14 +117,14 @@ def train(
     if distributed.broadcast(state_path.exists()):
         steps_done = _load_state(state_path, run, parameters, ema, optimizers, losses)
     images = digits.to(device)
-    order = EpochOrder(len(digits), config.batch_size, config.seed)
+    order = EpochOrder(len(digits), config.batch_size, config.seed, device)
     saved_at = time.monotonic()
 
     for step in tqdm(
         range(steps_done, config.steps), desc="training", initial=steps_done, total=config.steps, unit="step"
     ):
         torch.manual_seed(derive_seed(config.seed, "step", step))
-        x0 = to_model_range(images[order.indices(step).to(device)]).contiguous(memory_format=torch.channels_last)
+        x0 = to_model_range(images[order.indices(step)]).contiguous(memory_format=torch.channels_last)
         t = schedule.timesteps_at(stratified(len(x0), device), config.image_share)
         noise = torch.randn_like(x0)
         if processes > 1:  # what was drawn until here is of the whole batch; dropout is each process's own
