@@ -188,7 +188,7 @@ def test_inception_equals_pytorch_fid(random_file, random_state, monkeypatch):
     # The published score leaves out the bias of the last layer.
     scores = F.linear(expected.double(), random_state["fc.weight"].double()).softmax(1)
     assert probabilities.shape == (3, 1008)
-    torch.testing.assert_close(probabilities, scores, rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(probabilities, scores, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(probabilities.sum(1), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
