@@ -7,6 +7,7 @@ share their images' luck, so the error of their difference is that of the paired
 """
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,22 +204,18 @@ def _read_reference(path: Path, dimensions: int, digits: int) -> Reference | Non
     """The reference that is kept, or None where none is, or none that can be used."""
     if not path.is_file():
         return None
-    square = (np.dtype(np.float64), (dimensions, dimensions))
+    square = (torch.float64, (dimensions, dimensions))
     expected = {
-        "mean": (np.dtype(np.float64), (dimensions,)),
+        "mean": (torch.float64, (dimensions,)),
         "covariance": square,
         "covariance_root": square,
-        "sample": (np.dtype(np.float32), (min(digits, KID_REFERENCE), dimensions)),
+        "sample": (torch.float32, (min(digits, KID_REFERENCE), dimensions)),
     }
-    try:
-        tensors, metadata = sealed.load(path, "reference")
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        fits = {name: (array.dtype, array.shape) for name, array in arrays.items()} == expected
-        numbers = (metadata["kernel_mean"], *arrays.values())
-        if fits and all(np.isfinite(number).all() for number in numbers):
-            return Reference(**arrays, kernel_mean=float(metadata["kernel_mean"]))
-    except (sealed.CheckpointError, OSError, KeyError, TypeError):  # TypeError: numpy knows no bfloat16, nor text
-        pass
+    with suppress(sealed.CheckpointError, OSError):
+        stored = sealed.load(path, "reference")
+        tensors, metadata = sealed.require(path, stored, expected, {"kernel_mean": float})
+        if all(np.isfinite(numbers).all() for numbers in (*tensors.values(), metadata["kernel_mean"])):
+            return Reference(**{name: tensor.numpy() for name, tensor in tensors.items()}, **metadata)
     print(f"{path} is damaged or holds something else; it is made anew", file=sys.stderr)
     return None
 

@@ -9,7 +9,6 @@ on the whole bring a warning: digits that are black on white must be inverted fi
 Errors are those of drawing other generated images from the same model; the reference digits are held fixed.
 """
 
-import argparse
 import sys
 import warnings
 from pathlib import Path
@@ -23,7 +22,7 @@ from common.ddpm.digits import load_digits, pad_digits
 from common.errors import UserError
 from common.metrics.features import load_features
 from common.metrics.scores import describe, load_reference, require_enough, score
-from common.options import Parser
+from common.options import Parser, file_name
 from common.runtime.device import choose_device, set_up_torch
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
@@ -93,20 +92,13 @@ def _read_image(path: Path) -> np.ndarray:
             return np.array(image.convert("L"))
 
 
-def path_name(text: str) -> Path:
-    """An argparse type: a path that is not empty, which would mean the folder that one is in."""
-    if not text:
-        raise argparse.ArgumentTypeError("'' names nothing; '.' is the folder that you are in")
-    return Path(text)
-
-
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument("folder", type=path_name, metavar="DIR", help="white digits on black, 28x28 or 32x32")
+    parser.add_argument("folder", type=file_name, metavar="DIR", help="white digits on black, 28x28 or 32x32")
     parser.add_argument("--metric", choices=("mnist", "inception"), default="mnist", help="whose features are used")
-    parser.add_argument("--inception-weights", type=path_name, metavar="FILE", help="default: download them")
+    parser.add_argument("--inception-weights", type=file_name, metavar="FILE", help="default: download them")
     parser.add_argument("--data", choices=("mnist", "mnist5k"), default="mnist5k", help="the digits to compare with")
-    parser.add_argument("--data-dir", type=path_name, default=Path("data"), metavar="DIR", help="holds MNIST/raw")
+    parser.add_argument("--data-dir", type=file_name, default=Path("data"), metavar="DIR", help="holds MNIST/raw")
     parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N; default: cuda where available, else cpu")
     options = parser.parse_args()
     if options.inception_weights is not None and options.metric != "inception":

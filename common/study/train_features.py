@@ -9,18 +9,20 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common.ddpm.digits import load_labelled_digits, to_model_range
+from common.ddpm.digits import load_mnist, to_model_range
+from common.errors import UserError
 from common.metrics.features import DigitClassifier
-from common.options import Parser
+from common.options import Parser, file_name
 from common.runtime import sealed
 from common.runtime.device import derive_seed, set_up_torch
+from common.study.run import require_writable
 
 
 def train_classifier(data_dir: Path, epochs: int = 3, seed: int = 0) -> tuple[DigitClassifier, float]:
     """The classifier trained on the 60,000 digits, shifted by up to 2 pixels, and its accuracy on the 10,000 others."""
     set_up_torch()
     torch.manual_seed(derive_seed(seed, "features"))
-    images, labels = load_labelled_digits("mnist", "train", data_dir)
+    (images, labels), test = (load_mnist(split, data_dir) for split in ("train", "test"))
     network, batch = DigitClassifier().to(memory_format=torch.channels_last), 128
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
     batches = [chosen for _ in range(epochs) for chosen in torch.randperm(len(images)).split(batch)]
@@ -34,7 +36,7 @@ def train_classifier(data_dir: Path, epochs: int = 3, seed: int = 0) -> tuple[Di
         optimizer.step()
         schedule.step()
     network.eval()
-    images, labels = load_labelled_digits("mnist", "test", data_dir)
+    images, labels = test
     with torch.inference_mode():
         predicted = torch.cat([network.extract(part)[1].argmax(1) for part in images.split(500)])
     return network, float((predicted == labels).double().mean())
@@ -42,9 +44,14 @@ def train_classifier(data_dir: Path, epochs: int = 3, seed: int = 0) -> tuple[Di
 
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="holds MNIST/raw")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="figures compare only where it is kept")
+    parser.add_argument("--data-dir", type=file_name, default=Path("data"), metavar="DIR", help="holds MNIST/raw")
+    parser.add_argument(
+        "--out", type=file_name, required=True, metavar="FILE", help="figures compare only where it is kept"
+    )
     options = parser.parse_args()
+    if options.out.exists() and not options.out.is_file():
+        raise UserError(f"--out {options.out}: not a file; name a file")
+    require_writable("--out", options.out.parent, needed_mib=1)
     network, accuracy = train_classifier(options.data_dir)
     sealed.save(options.out, "features", network.state_dict(), {"accuracy": accuracy})
     print(f"{accuracy:.2%} of the test digits; SHA-256 {sealed.hash_tensors(network.state_dict())}; {options.out}")

@@ -1,0 +1,220 @@
+"""What the figures show, against the numbers of the rows: points, error bars, bands, labels, scales, pixels."""
+
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from common.choose.layers import layer_weights
+from common.fisher.information import FisherTable
+from common.formats.packed import tensor_shapes
+from common.study import figures
+from common.study.rows import Figure, Row, Settings
+
+SETTINGS = Settings(
+    preset="quick", baseline="b" * 64, metric="mnist features abcc2d22", data="mnist5k", sampler="dpm++", steps=10,
+    eta=0.0, images=500, seed=0, precision="fp32", batch_size=50, device="cpu", torch="2",
+)  # fmt: skip
+
+
+def row(strategy, fid, fid_error, psnr=None, **facts):
+    """A row of which only the facts that are given matter. fid, psnr: values; the error of psnr is 0.5."""
+    psnr = Figure(psnr, 0.5) if psnr is not None else None
+    return Row(
+        label=facts.pop("label", strategy), settings=SETTINGS, strategy=strategy, fid=Figure(fid, fid_error),
+        kid=Figure(0, 0), inception_score=Figure(1, 0), psnr=psnr, **facts,
+    )  # fmt: skip
+
+
+REAL = row("Real test digits", 0.05, 0.004, label="Real test digits (500)")
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def bars(axis):
+    """{label: [(x, y, error), ...]} of an axis' error bars, from the ends of the bars themselves."""
+    found = {}
+    for container in axis.containers:
+        (lines,) = container.lines[2]
+        ends = [segment for segment in lines.get_segments() if len(segment)]
+        points = np.column_stack(container.lines[0].get_data())
+        found[container.get_label()] = []
+        for (x, y), ((x0, low), (x1, high)) in zip(points, ends, strict=True):
+            assert x0 == x1 == x and (low + high) / 2 == pytest.approx(y)
+            found[container.get_label()].append((x, y, (high - low) / 2))
+    return found
+
+
+def close_to(expected):
+    return {label: [pytest.approx(point) for point in points] for label, points in expected.items()}
+
+
+def band(axis):
+    """(lowest, highest) of the only band."""
+    (patch,) = axis.patches
+    return patch.get_y(), patch.get_y() + patch.get_height()
+
+
+def test_fid_and_psnr_against_size():
+    rows = [
+        REAL,
+        row("Baseline", 0.08, 0.008, size_mib=8.0, file_mib=8.1),
+        row("Uniform", 0.09, 0.009, psnr=40, size_mib=4.0),
+        row("Budget", 0.2, 0.02, psnr=30, size_mib=0.9, file_mib=0.8, format="int4", timestep_weighting="image"),
+        row("Budget", 0.3, 0.03, psnr=25, size_mib=0.7, file_mib=0.5, format="int4", timestep_weighting="image"),
+        row("Budget", 0.4, 0.04, psnr=20, size_mib=0.6, format="entropy", variant="finetuned",
+            timestep_weighting="first"),
+    ]  # fmt: skip
+    fid, psnr = figures.draw_fid_against_size(rows).axes
+    assert bars(fid) == close_to(
+        {
+            "Baseline": [(8.1, 0.08, 0.008)],
+            "Uniform": [(4.0, 0.09, 0.009)],
+            "Budget, int4": [(0.8, 0.2, 0.02), (0.5, 0.3, 0.03)],
+            "Budget, entropy, finetuned, Fisher values: first": [(0.6, 0.4, 0.04)],
+        }
+    )
+    assert {label: points for label, points in bars(psnr).items() if points} == close_to(
+        {
+            "Uniform": [(4.0, 40, 0.5)],
+            "Budget, int4": [(0.8, 30, 0.5), (0.5, 25, 0.5)],
+            "Budget, entropy, finetuned, Fisher values: first": [(0.6, 20, 0.5)],
+        }
+    )
+    assert band(fid) == pytest.approx((0.046, 0.054)) and not psnr.patches
+    assert (fid.get_xscale(), fid.get_yscale(), psnr.get_xscale(), psnr.get_yscale()) == ("log", "log", "log", "linear")
+    assert fid.get_ylabel() == "FID (mnist features abcc2d22)" and "dB" in psnr.get_ylabel()
+    assert fid.get_xlabel() == psnr.get_xlabel() == "MiB of the file"
+    # One colour and marker for a strategy, the same in both.
+    colours = [[container.lines[0].get_color() for container in axis.containers] for axis in (fid, psnr)]
+    assert colours[0] == colours[1] and len(set(colours[0])) == 4
+    (legend,) = (axis.get_legend() for axis in (fid, psnr) if axis.get_legend())
+    assert {text.get_text() for text in legend.get_texts()} == {*bars(fid), REAL.label}
+
+
+def test_one_size_is_no_figure():
+    assert figures.draw_fid_against_size([REAL, row("Baseline", 0.08, 0.008, size_mib=8.0)]) is None
+
+
+def test_fid_against_ratio():
+    facts = {"strategy": "Ratio", "timestep_weighting": "first"}
+    rows = [
+        REAL,
+        row("Uniform", 0.9, 0.09, format="fp16"),
+        row(setting="0.5", fid=0.2, fid_error=0.02, format="fp16", **facts),
+        row(setting="0.25", fid=0.3, fid_error=0.03, format="fp16", **facts),
+        row(setting="0.25", fid=0.7, fid_error=0.07, format="int4", **facts),
+    ]
+    (axis,) = figures.draw_fid_against_ratio(rows).axes
+    fp16, int4 = bars(axis).values()  # a line each, from left to right
+    assert fp16 == [pytest.approx((0.25, 0.3, 0.03)), pytest.approx((0.5, 0.2, 0.02))]
+    assert int4 == [pytest.approx((0.25, 0.7, 0.07))]
+    assert "FP16" in axis.containers[0].get_label() and "INT4" in axis.containers[1].get_label()
+    assert band(axis) == pytest.approx((0.046, 0.054))
+    assert (axis.get_xscale(), axis.get_yscale()) == ("linear", "linear")
+    assert figures.draw_fid_against_ratio(rows[:3]) is None
+
+
+def test_learning_curve():
+    rows = [row("Baseline", fid, error, digits_seen=seen) for seen, fid, error in ((300, 0.1, 0.01), (100, 0.5, 0.05))]
+    (axis,) = figures.draw_learning_curve([REAL, *rows]).axes
+    (points,) = bars(axis).values()
+    assert points == [pytest.approx((100, 0.5, 0.05)), pytest.approx((300, 0.1, 0.01))]
+    assert band(axis) == pytest.approx((0.046, 0.054))
+    assert axis.get_yscale() == "log" and axis.get_xlabel() == "digits seen"
+    assert axis.get_ylabel() == "FID (mnist features abcc2d22)"
+    assert figures.draw_learning_curve([REAL, rows[0]]) is None
+
+
+def test_samples_are_the_images(tmp_path, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    kept = {name: torch.randint(50, 200, (15, 32, 32), dtype=torch.uint8, generator=generator) for name in ("a", "b")}
+    for name in kept:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(figures, "load_images", lambda path: kept[path.name])
+    rows = [
+        row("Real", 0, 0),
+        *(row("Uniform", 0, 0, label=n, image_file=str(tmp_path / n)) for n in ("a", "b", "gone")),
+    ]
+    axes = figures.draw_samples(rows).axes
+    assert [axis.get_ylabel() for axis in axes] == ["a", "b"]
+    for axis, images in zip(axes, kept.values(), strict=True):
+        (strip,) = axis.get_images()
+        assert strip.get_clim() == (0, 255)  # not stretched to the darkest and lightest of its own
+        shown = np.asarray(strip.get_array())
+        assert shown.shape == (32, 12 * 32)
+        for i in range(12):
+            assert np.array_equal(shown[:, 32 * i : 32 * (i + 1)], images[i])
+    assert figures.draw_samples(rows[:1]) is None
+
+
+@pytest.fixture
+def table(tiny_config):
+    """Values and errors that differ everywhere; timesteps out of order."""
+    names = list(tensor_shapes(tiny_config))
+    values = torch.arange(1, 3 * len(names) + 1, dtype=torch.float64).view(3, -1)
+    timesteps = [500, 1, 1000]
+    return FisherTable(names, timesteps, values, values / 10, [1] * 3, {}, "b" * 64, [])
+
+
+def columns_of(table, layers):
+    chosen = [name for name in layer_weights(table.names) if name[len("layer")] in layers]
+    return [table.names.index(name) for name in chosen]
+
+
+def test_fisher_by_group(table):
+    (axis,) = figures.draw_fisher_by_group(table).axes
+    order = [1, 0, 2]
+    lines = {line.get_label(): line for line in axis.get_lines()}
+    for label, layers in (("layers 1-2", "12"), ("layers 3-6", "3456")):
+        columns = columns_of(table, layers)
+        values, errors = table.values[order][:, columns].numpy(), table.errors[order][:, columns].numpy()
+        expected = zip([1, 500, 1000], values.mean(1), errors.mean(1), strict=True)
+        assert bars(axis)[f"{label}, mean"] == [pytest.approx(point) for point in expected]
+        median = torch.from_numpy(values).median(1).values
+        np.testing.assert_array_equal(lines[f"{label}, median"].get_data(), ([1, 500, 1000], median))
+    assert axis.get_yscale() == "log" and "timestep" in axis.get_xlabel()
+
+
+def test_fisher_by_tensor(table):
+    *axes, colours = figures.draw_fisher_by_tensor(table).axes
+    assert [axis.get_title() for axis in axes] == [f"layer{n}" for n in range(1, 7)]
+    for axis, layer in zip(axes, "123456", strict=True):
+        columns = columns_of(table, layer)
+        drawn = [line.get_ydata() for line in axis.get_lines()]
+        np.testing.assert_array_equal(drawn, table.values[[1, 0, 2]][:, columns])  # in the order of the timesteps
+        names = [table.names[i].removeprefix(f"layer{layer}.").removesuffix(".weight") for i in columns]
+        assert [tick.get_text() for tick in axis.get_xticklabels()] == names
+        assert axis.get_yscale() == "log"
+    assert colours.get_ylim() == (1, 1000)
+
+
+def test_weights_are_counted(tiny_network):
+    state = tiny_network.state_dict()
+    for axis, layer in zip(figures.draw_weights(SimpleNamespace(state=state)).axes, "123456", strict=True):
+        chosen = [
+            tensor for name, tensor in state.items()
+            if name in layer_weights(state) and name.startswith(f"layer{layer}") and tensor.dim() > 1
+        ]  # fmt: skip
+        values = torch.cat([tensor.flatten() for tensor in chosen])
+        heights = [bar.get_height() for bar in axis.patches]
+        assert sum(heights) == len(values)
+        assert axis.patches[0].get_x() == pytest.approx(float(values.min()))
+        assert axis.patches[-1].get_x() + axis.patches[-1].get_width() == pytest.approx(float(values.max()))
+        assert f"{len(values):,} weights, std {values.std(correction=0):.3f}" in axis.get_title()
+
+
+def test_loss():
+    model = SimpleNamespace(metadata={"loss_curve": [0.9, 0.5, 0.2], "training": {"steps": 40, "batch_size": 8}})
+    (axis,) = figures.draw_loss(model).axes
+    (line,) = axis.get_lines()
+    np.testing.assert_array_equal(line.get_data(), ([0, 20, 40], [0.9, 0.5, 0.2]))
+    assert axis.get_yscale() == "log" and axis.get_xlabel() == "step of 8 digits"
+    model.metadata["loss_curve"] = []
+    assert figures.draw_loss(model) is None
