@@ -12,7 +12,7 @@ import torch
 from common.errors import WriteError
 from common.runtime import files
 from common.runtime.files import write_atomically
-from common.runtime.sealed import CheckpointError, hash_tensors, load, save
+from common.runtime.sealed import CheckpointError, hash_tensors, load, require, save
 
 TENSORS = {
     "float": torch.tensor([[1.5, -2.25], [0.0, float("inf")]]),
@@ -119,6 +119,80 @@ def test_a_foreign_safetensors_file_with_a_fitting_checksum_is_refused(tmp_path)
     path.write_bytes(unsealed.replace(b"0" * 64, hashlib.sha256(unsealed).hexdigest().encode()))
     with pytest.raises(CheckpointError, match="not a file of this project"):
         load(path, "model")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        ({"sha256": "0" * 64}, "kind"),
+        ([["sha256", 0], "sha256", {"sha256": "0" * 64}], "not a file of this project"),
+        ({"kind": "model", "sha256": "0" * 64, "version": "1"}, "version is not a number"),
+        ({"kind": "model", "sha256": "0" * 64, "version": True}, "version is not a number"),
+        ({"kind": "model", "sha256": "0" * 64, "version": -1}, "version is not a number"),
+        ({"kind": "model", "sha256": "0" * 64, "deep": "DEEP"}, "recursion"),
+    ],
+)
+def test_a_sealed_header_that_says_nonsense_is_refused(tmp_path, metadata, reason):
+    path = tmp_path / "foreign"
+    header = json.dumps(metadata).replace('"DEEP"', "[" * 100_000 + "]" * 100_000)
+    unsealed = safetensors.torch.save({"weight": torch.ones(3)}, {"simplediffusion": header})
+    path.write_bytes(unsealed.replace(b"0" * 64, hashlib.sha256(unsealed).hexdigest().encode()))
+    with pytest.raises(CheckpointError, match=reason):
+        load(path, "model")
+
+
+def test_a_shape_that_torch_cannot_hold_is_refused(tmp_path):
+    """No entries, so the file is as long as it says; torch cannot count such lengths."""
+    shape = [0, 2**62, 2**62]
+    metadata = {"simplediffusion": json.dumps({"kind": "model", "sha256": "0" * 64})}
+    header = json.dumps({"__metadata__": metadata, "w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}})
+    unsealed = len(header).to_bytes(8, "little") + header.encode()
+    path = tmp_path / "foreign"
+    path.write_bytes(unsealed.replace(b"0" * 64, hashlib.sha256(unsealed).hexdigest().encode()))
+    with pytest.raises(CheckpointError, match="not a file of this project"):
+        load(path, "model")
+
+
+def test_files_without_a_version_are_read_and_newer_ones_refused(file, monkeypatch):
+    assert b'\\"version\\": 1' in file.read_bytes()
+    save(file, "model", TENSORS, METADATA | {"version": 2})
+    with pytest.raises(CheckpointError, match=r"format version 2, .* up to 1; update the software"):
+        load(file, "model")
+    header = json.dumps({"kind": "model", "sha256": "0" * 64, **METADATA})  # as version 0 wrote it
+    unsealed = safetensors.torch.save(TENSORS, {"simplediffusion": header})
+    start = unsealed.index(b'sha256\\": \\"') + len(b'sha256\\": \\"')
+    digest = hashlib.sha256(unsealed).hexdigest().encode()
+    file.write_bytes(unsealed[:start] + digest + unsealed[start + 64 :])
+    assert load(file, "model")[1] == METADATA
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "reason"),
+    [
+        ({"a": torch.zeros(2, 3)}, {"step": 1.0}, "entry step is not of type int"),
+        ({"a": torch.zeros(2, 3)}, {"step": True}, "entry step is not of type int"),
+        ({"a": torch.zeros(2, 3)}, {}, "entry step is missing"),
+        ({"a": torch.zeros(2, 3)}, {"step": 1, "more": 1}, "entry more is unknown"),
+        ({}, {"step": 1}, "tensor a is missing"),
+        ({"a": torch.zeros(2, 3), "b": torch.zeros(1)}, {"step": 1}, "tensor b is unknown"),
+        ({"a": torch.zeros(2, 4)}, {"step": 1}, r"tensor a is torch.float32 \(2, 4\), not torch.float32 \(any, 3\)"),
+        ({"a": torch.zeros(2)}, {"step": 1}, r"tensor a is .*\(2,\)"),
+        ({"a": torch.zeros(2, 3).double()}, {"step": 1}, r"tensor a is torch.float64"),
+    ],
+)
+def test_what_a_file_should_hold_is_required(tmp_path, tensors, metadata, reason):
+    path, expected = tmp_path / "state", ({"a": (torch.float32, (None, 3))}, {"step": int})
+    save(path, "training", {"a": torch.zeros(2, 3)}, {"step": 1})
+    assert require(path, load(path, "training"), *expected)[1] == {"step": 1}
+    save(path, "training", tensors, metadata)
+    with pytest.raises(CheckpointError, match=rf"state is damaged or of another version \({reason}.*\); delete it"):
+        require(path, load(path, "training"), *expected)
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="pipe; name a file"):
+        load(tmp_path / "pipe", "model")
 
 
 def test_a_missing_file_is_missing(tmp_path):
@@ -248,3 +322,10 @@ def test_hash_of_tensors_sees_content_alone():
     ]
     hashes = [hash_tensors(other) for other in others]
     assert len({base, *hashes}) == len(others) + 1
+
+
+def test_tensors_that_numpy_does_not_know_have_hashes():
+    values = torch.tensor([1.0, -0.5], dtype=torch.bfloat16)
+    digest = hashlib.sha256(b"w torch.bfloat16 (2,) " + bytes([0x80, 0x3F, 0x00, 0xBF])).hexdigest()
+    assert hash_tensors({"w": values}) == digest
+    assert hash_tensors({"w": torch.tensor(1.5)}) == hashlib.sha256(b"w torch.float32 () \0\0\xc0\x3f").hexdigest()
