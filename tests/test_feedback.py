@@ -107,6 +107,42 @@ def test_rows_times_patches_are_the_output(layer):
     assert np.array_equal(feedback.weight(rows.detach().numpy(), layer.weight.shape), layer.weight.detach().numpy())
 
 
+def test_a_strided_transposed_convolution_has_the_factors_of_the_whole_moment_in_parts_of_it():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.ConvTranspose2d(3, 2, 4, stride=2, padding=1), nn.Tanh(), nn.Flatten())
+    x = torch.randn(20, 3, 5, 5)
+    feedback = measure_feedback(network, lambda call, x: call(x).square().sum(1), (x,))["0.weight"]
+    assert [factor.upper.shape for factor in feedback.factors] == [(12, 12)] * 4  # 3 channels, 2 x 2 entries
+
+    # By the definition: an output is a sum over all 48 columns, most of which meet a zero.
+    output = network[0](x).detach()
+    gradient = 2 * output.tanh() * (1 - output.tanh().square())
+    columns = torch.eye(48).reshape(48, 3, 4, 4)
+    patches = torch.stack([F.conv_transpose2d(x, c[:, None].flip(2, 3), stride=2, padding=1) for c in columns], 2)
+    patches = patches.squeeze(1) * gradient.square().sum(1).sqrt()[:, None]  # (N, 48, H, W)
+    flat = patches.transpose(0, 1).flatten(1).double()
+    whole = of_one_set(flat @ flat.T)
+    assert feedback.gain == pytest.approx(whole.gain, rel=1e-4)
+    dense = np.zeros((48, 48))
+    for factor in feedback.factors:
+        dense[np.ix_(factor.order, factor.order)] = factor.upper.T @ factor.upper
+    (factor,) = whole.factors
+    expected = np.zeros((48, 48))
+    expected[np.ix_(factor.order, factor.order)] = factor.upper.T @ factor.upper
+    np.testing.assert_allclose(dense, expected, rtol=1e-3, atol=1e-5 * expected.max())
+    rows = np.random.default_rng(0).normal(size=(2, 48)) * 3
+    assert np.array_equal(feedback.round(rows, no_bits, 0.0), whole.round(rows, no_bits, 0.0))
+
+
+def test_only_the_upper_triangle_of_a_moment_is_read_and_what_is_not_finite_is_refused():
+    moment = correlated_moment(9)
+    (whole,), (half,) = (of_one_set(m).factors for m in (moment, moment.triu()))
+    assert np.array_equal(half.upper, whole.upper)
+    moment[2, 3] = np.nan
+    with pytest.raises(ValueError, match="not finite"):
+        of_one_set(moment)
+
+
 def test_moments_weigh_patches_by_the_gradient_of_their_output():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).eval()

@@ -141,7 +141,7 @@ def measure_feedback(network: nn.Module, loss: SampleLoss, samples: tuple[torch.
             moment = moments[name][i][1]
             rows = patches.transpose(1, 2).flatten(0, 1) * weights[:, places].reshape(-1, 1)  # (N L, K)
             for start in range(0, len(columns), STRIP):  # from the diagonal on: a moment is symmetric
-                moment[start : start + STRIP, start:].addmm_(rows[:, start : start + STRIP].T, rows[:, start:])
+                moment[start : start + STRIP, start:] += rows[:, start : start + STRIP].T @ rows[:, start:]
 
     for start in tqdm(range(0, len(samples[0]), CHUNK), desc="moments", unit="batch"):
         visit_layers(network, layers, loss, tuple(s[start : start + CHUNK] for s in samples), visit)
