@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 from common.choose import allocation, rounding
 from common.choose.allocation import BudgetError
 from common.choose.feedback import measure_feedback
-from common.errors import run_main
+from common.errors import UserError, run_main
 from common.fisher.information import fisher_information
 from common.formats import entropy
 from common.formats.numbers import stored_bytes
@@ -87,6 +87,45 @@ def test_shrink_leaves_what_is_certain_and_pulls_what_is_not():
 def test_shrink_gives_a_tensor_without_gradient_a_value():
     shrunk = allocation.shrink(torch.tensor([0.0, 1e-3, 1e-2]).double(), torch.tensor([0.0, 1e-5, 1e-4]).double())
     assert (shrunk > 0).all() and torch.isfinite(shrunk).all()
+
+
+def test_values_that_are_all_zero_or_not_finite_are_said_in_one_line():
+    values, bad = torch.tensor([1e-3, 1e-2]).double(), torch.tensor([1e-3, torch.nan]).double()
+    with pytest.raises(UserError, match="all Fisher values are zero"):
+        allocation.shrink(0 * values, 0 * values)
+    for measured in ((bad, values), (values, bad)):
+        with pytest.raises(UserError, match="not finite"):
+            allocation.shrink(*measured)
+    weights = {"w": torch.ones(4, 4)}
+    for value in (torch.nan, torch.inf, -1.0):
+        with pytest.raises(UserError, match="the Fisher value of w is"):
+            allocation.entropy_coded(weights, {"w": value}, nbytes, 10_000)
+        with pytest.raises(UserError, match="the Fisher value of w is"):
+            allocation.fixed_formats(weights, {"w": 0}, {"w": value}, 10_000)
+
+
+def test_weights_that_the_loss_does_not_reach_become_zero():
+    weights = {"w": torch.ones(4, 4)}
+    stored = allocation.entropy_coded(weights, {"w": 0.0}, nbytes, 10_000)
+    assert torch.equal(entropy.decode(stored, {"w": weights["w"].shape})["w"], torch.zeros(4, 4))
+
+
+def test_one_tensor_alone_is_not_shrunk():
+    value = torch.tensor([1e-3]).double()
+    assert torch.equal(allocation.shrink(value, value), value)
+
+
+def test_bfloat16_weights_are_stored_like_the_same_weights_in_fp32():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2)).bfloat16()
+    x = torch.randn(20, 8).bfloat16()
+    feedback = measure_feedback(network, lambda call, x: call(x).square().sum(1), (x,))
+    weights = {name: w.detach() for name, w in network.named_parameters()}
+    wide = {name: w.float() for name, w in weights.items()}
+    values, axes = dict.fromkeys(weights, 1.0), dict.fromkeys(weights, 0)
+    stored, expected = (allocation.entropy_coded(w, values, nbytes, 200, feedback) for w in (weights, wide))
+    assert stored.keys() == expected.keys() and all(torch.equal(stored[key], expected[key]) for key in stored)
+    assert allocation.fixed_formats(weights, axes, values, 400) == allocation.fixed_formats(wide, axes, values, 400)
 
 
 def test_any_network_can_be_measured_and_stored():

@@ -11,6 +11,10 @@ from common.choose.feedback import DAMPING, Feedback, make_feedback, measure_fee
 from common.formats import entropy
 
 
+def of_one_set(moment):
+    return make_feedback([(np.arange(len(moment)), moment)])
+
+
 def no_bits(codes):
     return np.zeros(codes.shape)
 
@@ -36,11 +40,11 @@ def nearest_plane(target, moment):
 
 def test_equals_the_nearest_plane():
     moment = correlated_moment(9)
-    feedback = make_feedback(moment)
+    feedback = of_one_set(moment)
     rows = np.random.default_rng(0).normal(size=(20, 9)) * 3
     codes = feedback.round(rows, no_bits, 0.0)
     # The nearest plane begins with the last coordinate, feedback with the first of its order.
-    backwards = feedback.order[::-1]
+    backwards = feedback.factors[0].order[::-1]
     matrix = damped(moment)[np.ix_(backwards, backwards)]
     expected = np.stack([nearest_plane(row[backwards], matrix) for row in rows])
     assert np.array_equal(codes[:, backwards], expected)
@@ -48,7 +52,7 @@ def test_equals_the_nearest_plane():
 
 def test_gain_is_the_share_of_the_error_that_is_left():
     moment = correlated_moment(30)
-    feedback = make_feedback(moment)
+    feedback = of_one_set(moment)
     rows = np.random.default_rng(0).normal(size=(5000, 30)) * 30
 
     def output_error(codes):
@@ -61,14 +65,14 @@ def test_gain_is_the_share_of_the_error_that_is_left():
 
 
 def test_inputs_that_do_not_meet_are_rounded_each_by_itself():
-    feedback = make_feedback(torch.diag(torch.tensor([4.0, 1.0, 2.0, 3.0])))
+    feedback = of_one_set(torch.diag(torch.tensor([4.0, 1.0, 2.0, 3.0])))
     rows = np.random.default_rng(0).normal(size=(50, 4)) * 3
     assert np.array_equal(feedback.round(rows, no_bits, 0.0), np.rint(rows))
     assert feedback.gain == pytest.approx(1.0)
 
 
 def test_layer_without_input_is_rounded_to_the_nearest():
-    feedback = make_feedback(torch.zeros(4, 4))
+    feedback = of_one_set(torch.zeros(4, 4))
     rows = np.random.default_rng(0).normal(size=(50, 4)) * 3
     assert np.array_equal(feedback.round(rows, no_bits, 0.0), np.rint(rows))
 
@@ -86,14 +90,57 @@ LAYERS = {
 def test_rows_times_patches_are_the_output(layer):
     torch.manual_seed(0)
     x = torch.randn(2, 7, 3) if isinstance(layer, nn.Linear) else torch.randn(2, 3, 6, 7)
-    feedback = Feedback(np.empty(0), np.empty(0), isinstance(layer, nn.ConvTranspose2d), 1.0)
+    feedback = Feedback([], isinstance(layer, nn.ConvTranspose2d), 1.0)
     rows = feedback.rows(layer.weight)
     with torch.no_grad():
         output = layer(x)
         expected = output.transpose(1, 2) if isinstance(layer, nn.Linear) else output.flatten(2)
-        measured = rows @ patches_of(layer, x) + layer.bias[:, None]
+        measured = layer.bias[:, None].expand_as(expected).clone()
+        columns_seen, outputs_seen = [], []
+        for columns, places, patches in patches_of(layer, x):
+            measured[:, :, places] += rows[:, columns] @ patches
+            columns_seen.extend(columns.tolist())
+            outputs_seen.extend(torch.arange(expected.shape[2])[places].tolist())
     assert torch.allclose(measured, expected, atol=1e-5)
+    assert sorted(columns_seen) == list(range(rows.shape[1]))
+    assert len(set(outputs_seen)) == len(outputs_seen)
     assert np.array_equal(feedback.weight(rows.detach().numpy(), layer.weight.shape), layer.weight.detach().numpy())
+
+
+def test_a_strided_transposed_convolution_has_the_factors_of_the_whole_moment_in_parts_of_it():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.ConvTranspose2d(3, 2, 4, stride=2, padding=1), nn.Tanh(), nn.Flatten())
+    x = torch.randn(20, 3, 5, 5)
+    feedback = measure_feedback(network, lambda call, x: call(x).square().sum(1), (x,))["0.weight"]
+    assert [factor.upper.shape for factor in feedback.factors] == [(12, 12)] * 4  # 3 channels, 2 x 2 entries
+
+    # By the definition: an output is a sum over all 48 columns, most of which meet a zero.
+    output = network[0](x).detach()
+    gradient = 2 * output.tanh() * (1 - output.tanh().square())
+    columns = torch.eye(48).reshape(48, 3, 4, 4)
+    patches = torch.stack([F.conv_transpose2d(x, c[:, None].flip(2, 3), stride=2, padding=1) for c in columns], 2)
+    patches = patches.squeeze(1) * gradient.square().sum(1).sqrt()[:, None]  # (N, 48, H, W)
+    flat = patches.transpose(0, 1).flatten(1).double()
+    whole = of_one_set(flat @ flat.T)
+    assert feedback.gain == pytest.approx(whole.gain, rel=1e-4)
+    dense = np.zeros((48, 48))
+    for factor in feedback.factors:
+        dense[np.ix_(factor.order, factor.order)] = factor.upper.T @ factor.upper
+    (factor,) = whole.factors
+    expected = np.zeros((48, 48))
+    expected[np.ix_(factor.order, factor.order)] = factor.upper.T @ factor.upper
+    np.testing.assert_allclose(dense, expected, rtol=1e-3, atol=1e-5 * expected.max())
+    rows = np.random.default_rng(0).normal(size=(2, 48)) * 3
+    assert np.array_equal(feedback.round(rows, no_bits, 0.0), whole.round(rows, no_bits, 0.0))
+
+
+def test_only_the_upper_triangle_of_a_moment_is_read_and_what_is_not_finite_is_refused():
+    moment = correlated_moment(9)
+    (whole,), (half,) = (of_one_set(m).factors for m in (moment, moment.triu()))
+    assert np.array_equal(half.upper, whole.upper)
+    moment[2, 3] = np.nan
+    with pytest.raises(ValueError, match="not finite"):
+        of_one_set(moment)
 
 
 def test_moments_weigh_patches_by_the_gradient_of_their_output():
@@ -114,16 +161,16 @@ def test_moments_weigh_patches_by_the_gradient_of_their_output():
         expected = expected + output.grad.double().square().sum() * torch.outer(patch, patch)
     measured = measure_feedback(network, loss, (x, y))
     assert set(measured) == {"0.weight", "2.weight"}
-    wanted = make_feedback(expected)
-    assert np.array_equal(measured["2.weight"].order, wanted.order)
-    np.testing.assert_allclose(measured["2.weight"].upper, wanted.upper, rtol=1e-4, atol=1e-5)
+    wanted = of_one_set(expected).factors[0]
+    assert np.array_equal(measured["2.weight"].factors[0].order, wanted.order)
+    np.testing.assert_allclose(measured["2.weight"].factors[0].upper, wanted.upper, rtol=1e-4, atol=1e-5)
 
 
 def test_coded_weights_with_feedback_make_better_outputs_in_as_many_bytes():
     torch.manual_seed(0)
     weight, mixing = torch.randn(40, 60), torch.randn(60, 60)
     x = (torch.randn(3000, 60) @ mixing).relu()
-    weights, feedback = {"w": weight}, {"w": make_feedback(x.T @ x)}
+    weights, feedback = {"w": weight}, {"w": of_one_set(x.T @ x)}
     sizes, errors = [], []
     for choice in ({}, feedback):
         stored = rounding.encode(weights, {"w": 0.5}, choice)

@@ -91,8 +91,8 @@ def test_a_weight_in_another_memory_format_resumes_to_the_same_bytes(monkeypatch
     moments = []
     load_state = finetuning._load_state
 
-    def watched(path, latent, optimizer):
-        done = load_state(path, latent, optimizer)
+    def watched(tensors, done, latent, optimizer):
+        done = load_state(tensors, done, latent, optimizer)
         moments.extend(optimizer.state[u]["exp_avg"] for u in latent.values() if u.dim() == 4)
         return done
 
@@ -100,6 +100,59 @@ def test_a_weight_in_another_memory_format_resumes_to_the_same_bytes(monkeypatch
     resumed = finetuned("stopped")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert len(moments) == 2 and moments[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_key_differs_with_all_that_the_result_depends_on(monkeypatch):
+    settings = {
+        "network": "a" * 64, "weights": "b" * 64, "steps": {"w": 0.1}, "data": "mnist", "seed": 0,
+        "precision": "fp32", "updates": 10,
+    }  # fmt: skip
+    others = {
+        "network": "c" * 64, "weights": "c" * 64, "steps": {"w": 0.2}, "data": "mnist5k", "seed": 1,
+        "precision": "bf16", "updates": 11,
+    }  # fmt: skip
+    keys = [finetuning.state_key(**settings), *(finetuning.state_key(**settings | {k: v}) for k, v in others.items())]
+    for constant in ("METHOD_VERSION", "BATCH", "PEAK_RATE", "WARMUP", "INSIDE"):
+        with monkeypatch.context() as patch:
+            patch.setattr(finetuning, constant, 7)
+            keys.append(finetuning.state_key(**settings))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "9.9")
+        keys.append(finetuning.state_key(**settings))
+    assert len(set(keys)) == len(keys) == 14
+    assert finetuning.state_key(**settings) == keys[0]
+
+
+GOOD = {
+    "latent/a": torch.tensor([7.0]), "exp_avg/a": torch.zeros(1), "exp_avg_sq/a": torch.zeros(1),
+    "step/a": torch.tensor(3.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata"),
+    [
+        ({**GOOD, "latent/b": torch.zeros(1)}, {}),
+        ({**GOOD, "latent/a": torch.zeros(2)}, {}),
+        ({**GOOD, "latent/a": torch.tensor([torch.nan])}, {}),
+        ({key: GOOD[key] for key in ("latent/a", "exp_avg/a", "step/a")}, {}),
+        (GOOD, {"updates": "3"}),
+        (GOOD, {"updates": 6}),
+        (GOOD, {"name": "another"}),
+        (GOOD, {"more": 1}),
+        (None, {}),
+    ],
+)
+def test_a_state_that_is_not_this_finetunings_is_named_and_finetuning_begins_anew(tmp_path, capsys, tensors, metadata):
+    whole, path = run(Scale(0.24), 0.7, 0.1, 5, tmp_path / "whole"), tmp_path / "state"
+    if tensors is None:
+        path.write_bytes(b"no state")
+    else:
+        sealed.save(path, "finetuning", tensors, {"updates": 3, "name": "state"} | metadata)
+    assert run(Scale(0.24), 0.7, 0.1, 5, path) == whole
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line)
+    assert str(path) in line and line.endswith("finetuning begins anew")
+    assert sealed.load(path, "finetuning")[1]["updates"] == 5
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_zero():

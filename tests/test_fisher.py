@@ -310,6 +310,52 @@ def test_table_round_trip(tmp_path):
         assert getattr(loaded, field) == getattr(table, field)
 
 
+def test_a_table_of_zeros_or_nan_is_said_in_one_line():
+    zeros = replace(small_table(), values=torch.zeros(3, 3, dtype=torch.float64))
+    with pytest.raises(UserError, match="all Fisher values are zero"):
+        zeros.at("image", ["a", "b"])
+    network, (x, y) = regression(4)
+    for loss, message in (
+        (lambda call, x, y: call(x).squeeze(1) * 0, "all Fisher values are zero"),
+        (lambda call, x, y: call(x).squeeze(1) * torch.inf, "the Fisher value of weight is not finite"),
+    ):
+        with pytest.raises(UserError, match=message):
+            information.measure(network, loss, {1: (x, y)}, "w" * 64, {}, [])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"values": torch.ones(3, 2, dtype=torch.float64)},
+        {"values": torch.ones(3, 3)},
+        {"values": torch.full((3, 3), torch.nan, dtype=torch.float64)},
+        {"values": torch.zeros(3, 3, dtype=torch.float64)},
+        {"errors": -torch.ones(3, 3, dtype=torch.float64)},
+        {"names": ["a", "b", "b"]},
+        {"names": ["a", ["b"], "c"]},
+        {"timesteps": [1, 25]},
+        {"timesteps": [1, 25, "75"]},
+        {"samples": {"4": 2}},
+        {"image_weights": [3.0]},
+        {"image_weights": [3.0, float("nan")]},
+        {"settings": None},
+    ],
+)
+def test_a_sealed_table_with_wrong_content_is_damaged(tmp_path, change):
+    path = tmp_path / "f.safetensors"
+    information.save(path, replace(small_table(), **change))
+    with pytest.raises(CheckpointError, match="damaged") as error:
+        information.load(path, "a" * 64)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bfloat16_weights_have_fisher_values():
+    network, (x, y) = regression(8)
+    expected, _ = fisher_information(network, squared_loss, (x, y))
+    measured, _ = fisher_information(network.bfloat16(), squared_loss, (x.bfloat16(), y.bfloat16()))
+    assert measured == pytest.approx(expected, rel=0.05)
+
+
 def test_table_of_other_weights_is_refused(tmp_path):
     path = tmp_path / "f.safetensors"
     information.save(path, small_table("a" * 64))
@@ -408,6 +454,20 @@ def test_fisher_table_of_other_settings_is_measured_anew(run_and_model):
     diffusion_fisher.fisher_table(run, model)
     more = replace(run, preset=replace(run.preset, fisher_digits=6))
     assert diffusion_fisher.fisher_table(more, model).samples[0] == 6
+
+
+def test_a_damaged_fisher_table_is_named_and_measured_anew(run_and_model, capsys):
+    run, model = run_and_model
+    diffusion_fisher.fisher_table(run, model)
+    (path,) = run.out.glob("fisher-*.safetensors")
+    content = path.read_bytes()
+    capsys.readouterr()
+    for damaged in (content[:-1], b"no table"):
+        path.write_bytes(damaged)
+        diffusion_fisher.fisher_table(run, model)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert str(path) in line and line.endswith("Fisher values are measured anew")
+        assert path.read_bytes() == content
 
 
 def test_fisher_table_belongs_to_its_weights(run_and_model, tiny_config):

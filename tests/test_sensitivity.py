@@ -1,5 +1,8 @@
 """Tensors quantized one at a time: increases of the loss against those measured by hand."""
 
+import json
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch import nn
 from common.choose.layers import layer_weights
 from common.ddpm.schedule import Schedule, denoising_loss
 from common.errors import UserError
+from common.fisher.information import FisherTable
 from common.formats.packed import full_precision
 from common.study import sensitivity
 from common.study.sensitivity import Increases
@@ -55,7 +59,6 @@ def test_rank_correlation_of_known_orders():
     assert error == pytest.approx(1 / 39**0.5, rel=0.25)  # that of independent ranks
 
 
-@pytest.mark.filterwarnings("ignore:An input array is constant")  # draws of three tensors may all be one
 def test_tables_name_predictors_and_sum_layers():
     names = ["layer1.a.weight", "layer1.b.weight", "layer2.c.weight"]
     layers = {"layer1": (3e-6, 1e-6), "layer2": (6e-6, 2e-6)}
@@ -68,10 +71,77 @@ def test_tables_name_predictors_and_sum_layers():
     assert lines[-1].startswith("squared error alone") and "0.50" in lines[-1]
 
 
-@pytest.mark.parametrize("content", [None, "", "{}\n", "no json\n", '{"preset": "quick"}\n{"format": "int4"}\n'])
+HEADER = {"preset": "quick", "baseline": "a" * 64, "data": "mnist5k", "digits": 4, "seed": 0}
+LINE = {
+    "format": "int4", "names": ["layer1.a.weight", "layer1.b.weight", "layer2.c.weight"], "mean": [1.0, 2.0, 3.0],
+    "squared_error": [3.0, 1.0, 2.0], "fisher": {"timestep 1": [2.0, 1.0, 3.0]},
+    "layers": {"layer1": [3.0, 1.0], "layer2": [3.0, 1.0]},
+}  # fmt: skip
+
+
+def lines(**changes):
+    return "".join(json.dumps(line) + "\n" for line in (HEADER, LINE, LINE | changes))
+
+
+def test_a_whole_file_is_read(tmp_path):
+    path = tmp_path / sensitivity.FILE
+    path.write_text(lines())
+    assert "Preset quick, baseline aaaaaaaa; 4 held-out digits" in sensitivity.format_sensitivity(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "",
+        "{}\n",
+        "no json\n",
+        '{"preset": "quick"}\n{"format": "int4"}\n',
+        "[]\n",
+        "[" * 100_000,
+        lines(mean=[1.0, float("nan"), 3.0]),
+        lines(mean=[1.0, "2", 3.0]),
+        lines(mean=[1.0, 2.0]),
+        lines(mean=3),
+        lines(format=["int4"]),
+        lines(names=[1, 2, 3]),
+        lines(fisher=[1.0]),
+        lines(fisher={}),
+        lines(layers={"layer1": [3.0], "layer2": [3.0, 1.0]}),
+        lines(layers={"layer1": 3.0, "layer2": 3.0}),
+        json.dumps([HEADER]) + "\n" + json.dumps(LINE) + "\n",
+    ],
+)
 def test_a_missing_or_damaged_file_is_one_line(tmp_path, content):
     path = tmp_path / sensitivity.FILE
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UserError, match=r"measure again|makes it"):
+    with pytest.raises(UserError, match=r"measure again|makes it") as error:
         sensitivity.format_sensitivity(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_more_digits_than_there_are_are_refused_before_any_work(tiny_preset, monkeypatch):
+    arguments = ["sensitivity", "--preset", "quick", "--device", "cpu", "--digits", "1001"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(UserError, match=r"--digits 1001: there are 1000 test digits in mnist5k"):
+        sensitivity.main()
+
+
+def test_a_format_given_twice_is_measured_once(tiny_preset, tiny_network, tmp_path, monkeypatch):
+    model, asked = full_precision(tiny_network.config, tiny_network.state_dict(), {"label": "Baseline (FP32)"}), []
+
+    def measured(_, fmt, *__):
+        asked.append(fmt)
+        return Increases(**LINE | {"format": fmt})
+
+    table = FisherTable(
+        list(model.state), [1, 5], *torch.ones(2, 2, len(model.state)).double(), [1, 1], {}, model.sha256, [1.0]
+    )
+    monkeypatch.setattr("common.study.baselines.load_baseline", lambda run: model)
+    monkeypatch.setattr("common.study.diffusion_fisher.fisher_table", lambda *_: table)
+    monkeypatch.setattr(sensitivity, "quantize_each_alone", measured)
+    arguments = ["sensitivity", "--preset", "quick", "--device", "cpu", "--digits", "2", "--formats"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "int4", "int2", "int4"])
+    sensitivity.main()
+    assert asked == ["int4", "int2"]

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from conftest import TINY
 
 from common.ddpm.unet import UNet
 from common.presets import TrainingConfig
@@ -33,6 +34,15 @@ def run(tiny_config, digits, tmp_path):
         return train(UNet(network), config, digits, state, CPU, "fp32")
 
     return start
+
+
+@pytest.fixture(scope="module")
+def whole_state(tmp_path_factory):
+    """Tensors and metadata of the state that `run` ends with; made once."""
+    digits = torch.randint(0, 256, (10, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    path = tmp_path_factory.mktemp("state") / "state.safetensors"
+    train(UNet(TINY), CONFIG, digits, path, CPU, "fp32")
+    return sealed.load(path, "training")
 
 
 def equal(a, b):
@@ -285,3 +295,32 @@ def test_a_damaged_state_is_refused(run, tmp_path):
     state.write_bytes(state.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="truncated or altered"):
         run()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata"),
+    [
+        ({"losses": torch.zeros(3)}, {}),
+        ({"weights/output_conv.bias": torch.zeros(9)}, {}),
+        ({"weights/output_conv.bias": None}, {}),
+        ({"exp_avg/output_conv.bias": None}, {}),
+        ({"momentum/layer9.weight": torch.zeros(2)}, {}),
+        ({"ema/output_conv.bias": torch.tensor([math.nan])}, {}),
+        ({}, {"step": None}),
+        ({}, {"step": "8"}),
+        ({}, {"step": 9}),
+        ({}, {"digits": None}),
+    ],
+)
+def test_a_sealed_state_with_wrong_content_is_refused_and_kept(whole_state, run, tmp_path, tensors, metadata):
+    stored = [
+        {k: v for k, v in (a | b).items() if v is not None}
+        for a, b in zip(whole_state, (tensors, metadata), strict=True)
+    ]
+    state = tmp_path / "state.safetensors"
+    sealed.save(state, "training", *stored)
+    content = state.read_bytes()
+    with pytest.raises(TrainingError, match=r"is damaged.*delete it to begin anew") as error:
+        run()
+    assert str(state) in str(error.value) and "\n" not in str(error.value)
+    assert state.read_bytes() == content

@@ -4,6 +4,7 @@ To second order the loss of storing w + dw in place of w is half the sum of F dw
 each entry (LeCun et al. 1990, "Optimal Brain Damage", eq. 4, with the empirical Fisher for the Hessian).
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -12,6 +13,7 @@ from scipy import optimize, sparse
 
 from common.choose import rounding
 from common.choose.feedback import Feedback
+from common.errors import UserError
 from common.formats import entropy
 from common.formats.numbers import fake_quantize, stored_bytes
 
@@ -78,8 +80,9 @@ def fixed_formats(
     """The formats of FP32 `weights` with the least Fisher-weighted squared error in at most `budget` bytes.
 
     axes: the output-channel axis of each weight; values: its Fisher value. 1-D tensors take fp16 or fp32. Raises
-    BudgetError.
+    BudgetError, and UserError where a value is not finite.
     """
+    _require_finite(values)
     distortion, sizes = {}, {}
     for name, weight in weights.items():
         formats = WIDTHS if weight.dim() > 1 else WIDTHS[-2:]
@@ -102,8 +105,10 @@ def entropy_coded(
 
     size: the bytes of what is stored; feedback: of the weights that are rounded by it. At high resolution the least sum
     of F step^2 / 12 for its entropy has steps proportional to 1 / sqrt(F), so one factor remains to be found. Tensors
-    of value zero, which the loss does not reach, become zero. Raises BudgetError.
+    of value zero, which the loss does not reach, become zero. Raises BudgetError, and UserError where a value is not
+    finite.
     """
+    _require_finite(values)
     largest = {name: max(1e-30, float(weight.abs().max())) for name, weight in weights.items()}
 
     def encode(factor: float, feedback: dict[str, Feedback] | None) -> dict[str, torch.Tensor]:
@@ -118,6 +123,8 @@ def entropy_coded(
     best = encode(coarsest, None)
     if (smallest := size(best)) > budget:
         raise BudgetError(smallest)
+    if coarsest == 0:  # the loss reaches none
+        return best
 
     factor, found = _finest(lambda f: encode(f, None), size, budget, coarsest * 1e-9, coarsest, 1e-4)
     best = found or best
@@ -125,6 +132,14 @@ def entropy_coded(
         _, found = _finest(lambda f: encode(f, feedback), size, budget, factor / 1.2, factor * 1.2, 1e-3)
         best = found or best
     return best
+
+
+def _require_finite(values: dict[str, float]) -> None:
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise UserError(
+                f"the Fisher value of {name} is {value}, not a finite number of at least 0; measure it anew"
+            )
 
 
 def requantize_to_size(
@@ -174,8 +189,15 @@ def shrink(values: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
 
     The posterior mean of log F for a normal prior whose mean and variance are those of all tensors' log F, less the
     variance that the errors explain (empirical Bayes; Efron & Morris 1975). A value of zero counts as the least other.
+    Raises UserError where all are zero or any is not finite.
     """
     positive = values[values > 0]
+    if not (values.isfinite() & errors.isfinite()).all():
+        raise UserError("Fisher values are not finite: the network's weights or its loss are too large; train it anew")
+    if not len(positive):
+        raise UserError("all Fisher values are zero: the loss depends on none of the weights; train the network first")
+    if len(values) == 1:
+        return values
     relative = torch.where(values > 0, errors / values.clamp(min=1e-300), torch.ones_like(values))
     logs, variance = values.clamp(min=positive.min()).log(), relative.square()
     prior = (logs.var() - variance.mean()).clamp(min=1e-12)

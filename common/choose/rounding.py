@@ -60,7 +60,7 @@ def _scaled(weight: torch.Tensor, step: np.float32) -> np.ndarray:
     if not step > 0:
         raise ValueError(f"a step of {step} is not positive")
     scaled = weight.detach().cpu().double().numpy().ravel() / float(step)
-    if abs(scaled).max() > LARGEST_CODE:
+    if not abs(scaled).max() <= LARGEST_CODE:
         raise ValueError(f"a step of {step} is too small for a weight of {weight.abs().max():.3g}")
     return scaled
 

@@ -13,16 +13,7 @@ from common.fisher.gradients import SampleLoss, squared_gradients
 from common.runtime import distributed, sealed
 from common.runtime.sealed import CheckpointError
 
-# What a file of a table holds, and of what types.
-_TENSORS = dict.fromkeys(("values", "errors"), (torch.float64, (None, None)))
-_METADATA = {
-    "names": list,
-    "timesteps": list,
-    "samples": list,
-    "settings": dict,
-    "weights": str,
-    "image_weights": list,
-}
+NOTHING_REACHED = "the loss depends on none of these weights; train the network, or another, first"
 
 
 def fisher_information(
@@ -77,10 +68,12 @@ class FisherTable:
         return (weights * self.values[1:]).sum(0), (weights * self.errors[1:]).square().sum(0).sqrt()
 
     def at(self, timestep: int | str, names: list[str]) -> dict[str, float]:
-        """The `estimates` of `names`, divided by the largest of them."""
+        """The `estimates` of `names`, divided by the largest of them. Raises UserError where all are zero."""
         values, _ = self.estimates(timestep)
         chosen = {name: float(values[self.names.index(name)]) for name in names}
         largest = max(chosen.values())
+        if not largest > 0:
+            raise UserError(f"all Fisher values are zero at timestep {timestep}: {NOTHING_REACHED}")
         return {name: value / largest for name, value in chosen.items()}
 
 
@@ -92,16 +85,26 @@ def measure(
     settings: dict,
     image_weights: list[float],
 ) -> FisherTable:
-    """Fisher values at each timestep of `batches`, {timestep: samples for `loss`}; shows a progress bar."""
+    """Fisher values at each timestep of `batches`, {timestep: samples for `loss`}; shows a progress bar.
+
+    Raises UserError where a value is not finite or all are zero.
+    """
     names = [name for name, _ in network.named_parameters()]
     values, errors = [], []
     everyone = distributed.processes()
     with tqdm(total=sum(len(b[0]) for b in batches.values()), desc="Fisher", unit="digit") as bar:
         for samples in batches.values():
             mean, error = fisher_information(network, loss, samples, on_chunk=lambda n: bar.update(n * everyone))
+            if bad := [name for name in names if not math.isfinite(mean[name]) or not math.isfinite(error[name])]:
+                raise UserError(
+                    f"the Fisher value of {bad[0]} is not finite: the network's weights or its loss are too large; "
+                    "train it anew"
+                )
             values.append([mean[name] for name in names])
             errors.append([error[name] for name in names])
     values, errors = torch.tensor(values, dtype=torch.float64), torch.tensor(errors, dtype=torch.float64)
+    if not values.any():
+        raise UserError(f"all Fisher values are zero: {NOTHING_REACHED}")
     samples = [len(b[0]) for b in batches.values()]
     return FisherTable(names, list(batches), values, errors, samples, settings, weights, image_weights)
 
@@ -113,27 +116,40 @@ def save(path: Path, table: FisherTable) -> None:
 
 
 def load(path: Path, weights: str) -> FisherTable:
-    """Reads a table; raises UserError where it is damaged, or belongs to other weights than those of hash `weights`."""
-    tensors, metadata = sealed.require(path, sealed.load(path, "fisher"), _TENSORS, _METADATA)
+    """Reads a table. Raises CheckpointError where it is damaged or of another version, UserError where it belongs to
+    other weights than those of hash `weights`."""
+    table = torch.float64, (None, None)
+    lists = dict.fromkeys(("names", "timesteps", "samples", "image_weights"), list)
+    tensors, metadata = sealed.require(
+        path,
+        sealed.load(path, "fisher"),
+        {"values": table, "errors": table},
+        lists | {"settings": dict, "weights": str},
+    )
     table = FisherTable(**tensors, **metadata)
     if table.weights != weights:
         raise UserError(
-            f"{path} holds the Fisher values of other weights ({table.weights[:12]}, not {weights[:12]}); "
+            f"{path} holds the Fisher values of other weights ({table.weights[:12]!r}, not {weights[:12]}); "
             "delete it and run again"
         )
-    if not _is_whole(table):
-        raise CheckpointError(f"{path} is damaged: its entries do not fit each other; delete it and run again")
+    if fault := _fault(table):
+        raise CheckpointError(f"{path} is damaged: {fault}; delete it and run again")
     return table
 
 
-def _is_whole(table: FisherTable) -> bool:
-    """Whether names, timesteps, samples and weights are as many as the values, and all are of their types."""
-    rows, columns = len(table.timesteps), len(table.names)
-    return (
-        all(type(name) is str for name in table.names)
-        and len(set(table.names)) == columns
-        and all(type(number) is int for number in table.timesteps + table.samples)
-        and (len(table.samples), len(table.image_weights)) == (rows, rows - 1)
-        and all(type(weight) in (int, float) and 0 <= weight < math.inf for weight in table.image_weights)
-        and all(t.shape == (rows, columns) and ((t >= 0) & t.isfinite()).all() for t in (table.values, table.errors))
-    )
+def _fault(table: FisherTable) -> str:
+    """What no measured table is like; empty where nothing is."""
+    if not all(isinstance(name, str) for name in table.names) or len(set(table.names)) < len(table.names):
+        return "its names are not names"
+    if not all(type(n) is int and n >= 0 for n in table.timesteps + table.samples):
+        return "its timesteps or samples are not whole numbers"
+    if not all(type(w) in (int, float) and 0 <= w < math.inf for w in table.image_weights):
+        return "its weights of timesteps are not positive numbers"
+    rows = len(table.timesteps)
+    if not len(table.samples) == len(table.image_weights) + 1 == rows:
+        return "its lists are not of one length"
+    if not table.values.shape == table.errors.shape == (rows, len(table.names)):
+        return "its values are not one for each timestep and name"
+    if not all((t.isfinite() & (t >= 0)).all() for t in (table.values, table.errors)) or not table.values.any():
+        return "its values are not finite, negative or all zero"
+    return ""

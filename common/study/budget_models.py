@@ -1,9 +1,10 @@
 """Models that fit a size: the baseline coded in files of given limits, or in the smallest that loses nothing."""
 
-import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -18,13 +19,14 @@ from common.ddpm.schedule import Schedule
 from common.errors import UserError
 from common.formats import entropy
 from common.formats.numbers import stored_bytes
-from common.formats.packed import MIB, Model, file_bytes, tensor_shapes
+from common.formats.packed import MIB, Model, file_bytes, load_model, save_model, tensor_shapes
 from common.options import number
 from common.runtime import distributed
+from common.runtime.files import remove
 from common.study.diffusion_fisher import fisher_table, rounding_feedback, training_digits
 from common.study.evaluate import Evaluator
 from common.study.run import Run, training_precision
-from common.training.finetune import finetune, sampler_of_digits
+from common.training.finetune import finetune, sampler_of_digits, state_key
 
 START, STRIDE, RESOLUTION = 16.0, 1.25, 1.06  # of the search for a factor
 GROWTH = 0.01  # of the file, for codes to become longer in finetuning
@@ -219,21 +221,44 @@ def _allocator(baseline: Model, coding: str, feedback: dict[str, Feedback]) -> A
 def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: int, updates: int) -> Model:
     """An entropy-coded model with the steps of `model`, its codes trained to predict what the baseline does; the file
     keeps to `limit` bytes. Training makes codes a little longer, so `model` should be smaller by `GROWTH`. Raises
-    BudgetError."""
-    schedule = Schedule(baseline.config.timesteps)
+    BudgetError.
+
+    The result is kept, and found by the same command again; the state of the training, ten times as large, goes.
+    """
     steps = dict(zip(model.state, model.stored["entropy:steps"].tolist(), strict=True))
-    draw = sampler_of_digits(training_digits(run), schedule, run.training.seed)
-    network = baseline.network().to(run.device, memory_format=torch.channels_last)
-    precision = training_precision(run.device)
-    key = hashlib.sha256(f"{baseline.sha256} {model.sha256} {run.data} {precision} {updates}".encode()).hexdigest()
-    state_path = run.out / f"finetuning-{key[:12]}.safetensors"
-    weights = finetune(network, model.state, steps, draw, schedule, updates, precision, state_path)
+    precision, seed = training_precision(run.device), run.training.seed
+    key = state_key(baseline.sha256, model.sha256, steps, run.data, seed, precision, updates)
+    state_path = run.out / f"finetuning-{key[:16]}.safetensors"
+    kept_path = run.out / "finetuned" / f"{key[:16]}-{limit}.safetensors"
+    kept = distributed.on_first(lambda: _kept_result(kept_path, metadata))
+    if kept is None:
+        schedule = Schedule(baseline.config.timesteps)
+        draw = sampler_of_digits(training_digits(run), schedule, seed)
+        network = baseline.network().to(run.device, memory_format=torch.channels_last)
+        weights = finetune(network, model.state, steps, draw, schedule, updates, precision, state_path)
 
-    def size(stored) -> int:
-        return file_bytes(coded_model(baseline, stored, metadata))
+        def size(stored) -> int:
+            return file_bytes(coded_model(baseline, stored, metadata))
 
-    stored = distributed.on_first(lambda: allocation.requantize_to_size(weights, steps, size, limit))
-    return coded_model(baseline, stored, metadata)
+        stored = distributed.on_first(lambda: allocation.requantize_to_size(weights, steps, size, limit))
+        kept = coded_model(baseline, stored, metadata)
+        if distributed.rank() == 0:
+            save_model(kept_path, kept)
+    if distributed.rank() == 0:
+        remove(state_path)
+    return kept
+
+
+def _kept_result(path: Path, metadata: dict) -> Model | None:
+    """The model of an earlier finetuning, if it is there, whole and says the same of itself."""
+    if not path.exists():
+        return None
+    try:
+        model = load_model(path)
+    except (UserError, OSError) as error:
+        tqdm.write(f"{error}; it is made anew")
+        return None
+    return model if model.metadata == json.loads(json.dumps(metadata)) else None
 
 
 def other_values(

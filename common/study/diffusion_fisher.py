@@ -1,5 +1,7 @@
 """Fisher information, and what rounding by feedback needs, of the diffusion loss on real digits."""
 
+from pathlib import Path
+
 import torch
 
 from common.choose.feedback import Feedback, measure_feedback
@@ -11,6 +13,7 @@ from common.fisher.gradients import SampleLoss
 from common.formats.packed import Model
 from common.runtime import distributed
 from common.runtime.device import derive_seed
+from common.runtime.sealed import CheckpointError
 from common.study.run import Run
 
 FISHER_GRID = 20  # timesteps, at the centres of equal parts of 0..T-1
@@ -18,7 +21,10 @@ FISHER_SEED = 0
 
 
 def fisher_table(run: Run, model: Model) -> information.FisherTable:
-    """Fisher values of the baseline at timestep 1 and on a grid; measured where no file fits the weights."""
+    """Fisher values of the baseline at timestep 1 and on a grid; measured where no file fits the weights.
+
+    Raises UserError where the file belongs to other weights, or the values are not finite or all zero.
+    """
     schedule, preset = Schedule(model.config.timesteps), run.preset
     grid = [int((i + 0.5) * schedule.timesteps / FISHER_GRID) for i in range(FISHER_GRID)]
     settings = {
@@ -29,10 +35,9 @@ def fisher_table(run: Run, model: Model) -> information.FisherTable:
     }
     weights = model.sha256
     path = run.out / f"fisher-{weights[:12]}.safetensors"
-    if distributed.broadcast(path.exists()):
-        table = information.load(path, weights)
-        if table.settings == settings:
-            return table
+    kept = distributed.on_first(lambda: _kept_table(path, model, settings))
+    if kept is not None:
+        return kept
     digits = load_digits(run.data, "train", run.data_dir)
     batches = {1: noised(run, digits, [1] * preset.fisher_digits)} | {
         t: noised(run, digits, [t] * preset.fisher_grid_digits) for t in grid
@@ -44,6 +49,21 @@ def fisher_table(run: Run, model: Model) -> information.FisherTable:
     if distributed.rank() == 0:
         information.save(path, table)
     return table
+
+
+def _kept_table(path: Path, model: Model, settings: dict) -> information.FisherTable | None:
+    """What the file holds; None, said in one line, where it has to be made anew."""
+    if not path.exists():
+        return None
+    try:
+        table = information.load(path, model.sha256)
+    except CheckpointError as error:
+        print(f"{error}; Fisher values are measured anew")
+        return None
+    if (table.settings, table.timesteps, table.names) == (settings, [1, *settings["grid"]], list(model.state)):
+        return table
+    print(f"{path} holds Fisher values of other settings; they are measured anew")
+    return None
 
 
 def rounding_feedback(run: Run, model: Model) -> dict[str, Feedback]:

@@ -8,7 +8,9 @@ loss on held-out digits and what might predict it; and the increase by layer. Er
 over tensors, of increases over digits.
 """
 
+import itertools
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from common.options import positive_int, script_parser
 from common.presets import FORMATS
 from common.runtime.device import derive_seed
 from common.runtime.files import write_atomically
+from common.runtime.sealed import shorten
 
 FILE = "sensitivity.jsonl"  # in --out
 BOOTSTRAP = 2_000
@@ -86,8 +89,16 @@ def quantize_each_alone(model: Model, fmt: str, fisher: dict[str, dict[str, floa
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """Spearman's correlation and its standard error, by the bootstrap over pairs."""
     rng = np.random.default_rng(0)
-    draws = [rng.integers(len(a), size=len(a)) for _ in range(BOOTSTRAP)]
-    return float(stats.spearmanr(a, b).statistic), float(np.std([stats.spearmanr(a[i], b[i]).statistic for i in draws]))
+    draws = np.stack([rng.integers(len(a), size=len(a)) for _ in range(BOOTSTRAP)])
+    return float(_spearman(a, b)), float(_spearman(a[draws], b[draws]).std())
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Spearman's correlation along the last axis, of all rows at once; nan where all of a row are alike."""
+    a, b = (stats.rankdata(x, axis=-1) for x in (a, b))
+    a, b = (x - x.mean(-1, keepdims=True) for x in (a, b))
+    with np.errstate(invalid="ignore"):
+        return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
 
 
 def format_correlations(measured: list[Increases]) -> str:
@@ -116,19 +127,43 @@ def format_layers(measured: list[Increases]) -> str:
     return "\n".join(lines)
 
 
+def _increases(line: dict) -> Increases:
+    """A line of the file. Raises ValueError or TypeError where it is not one that `main` writes."""
+    measured = Increases(**line)
+    if measured.format not in FORMATS or not all(isinstance(name, str) for name in measured.names):
+        raise ValueError("a format or a name is not one")
+    per_name = [measured.mean, measured.squared_error, *measured.fisher.values()]
+    if any(len(numbers) != len(measured.names) for numbers in per_name):
+        raise ValueError("its lists are not of one length")
+    if any(len(pair) != 2 for pair in measured.layers.values()):
+        raise ValueError("a layer has not two numbers")
+    for number in itertools.chain(*per_name, *measured.layers.values()):
+        if type(number) not in (int, float) or not math.isfinite(number):
+            raise ValueError(f"{number!r} is not a finite number")
+    return measured
+
+
+def _refuse(constant: str):
+    raise ValueError(f"{constant} is not a number")
+
+
 def format_sensitivity(path: Path) -> str:
     """The tables of the file that `main` writes. Raises UserError where it is missing or damaged."""
     try:
-        header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
-        measured = [Increases(**line) for line in lines]
+        header, *lines = [json.loads(line, parse_constant=_refuse) for line in path.read_text().splitlines()]
+        measured = [_increases(line) for line in lines]
+        if len({(tuple(m.names), tuple(m.fisher), tuple(m.layers)) for m in measured}) > 1:
+            raise ValueError("its lines are of different measurements")
         title = (
             "Preset {preset}, baseline {baseline:.8}; {digits} held-out digits of {data}, timesteps spread evenly, "
             "seed {seed}; each of {tensors} weights of layers 1 to 6 quantized alone; errors: 1 standard error"
         ).format(**header, tensors=len(measured[0].names))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); python -m common sensitivity makes it") from None
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path} is damaged or of another version ({error}); delete it and measure again") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged or of another version ({shorten(error)}); delete it and measure again"
+        ) from None
     return f"\n{title}\n\n{format_correlations(measured)}\n\n{format_layers(measured)}"
 
 
@@ -146,9 +181,13 @@ def main():
     if options.digits < 2:
         parser.error("argument --digits: 1 is too few for a standard error; give at least 2")
     run = start(options)
+    digits = load_digits(run.data, "test", run.data_dir)
+    if options.digits > len(digits):
+        raise UserError(
+            f"--digits {options.digits}: there are {len(digits)} test digits in {run.data}; give at most as many"
+        )
     model = load_baseline(run)
     table = fisher_table(run, model)
-    digits = load_digits(run.data, "test", run.data_dir)
     generator = torch.Generator().manual_seed(derive_seed(run.sampling.seed, "sensitivity"))
     x0 = to_model_range(digits[torch.randperm(len(digits), generator=generator)[: options.digits]]).to(run.device)
     noise = NoiseStreams(derive_seed(run.sampling.seed, "sensitivity"), range(len(x0))).draw(run.device)
@@ -165,10 +204,10 @@ def main():
         "digits": len(x0),
         "seed": run.sampling.seed,
     }
-    lines = [header, *(asdict(quantize_each_alone(model, fmt, fisher, x0, t, noise)) for fmt in options.formats)]
+    formats = dict.fromkeys(options.formats)  # each once
+    lines = [header, *(asdict(quantize_each_alone(model, fmt, fisher, x0, t, noise)) for fmt in formats)]
     path = run.out / FILE
-    if distributed.rank() == 0:
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-    distributed.barrier()
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    distributed.on_first(lambda: write_atomically(path, content))
     print(format_sensitivity(path))
     print(f"\nkept in {path}")

@@ -19,6 +19,7 @@ from common.runtime.device import autocast, derive_seed
 from common.training.muon import Muon
 
 SAVE_SECONDS = 60
+BEGIN_ANEW = "delete it to begin anew"
 
 
 class TrainingError(UserError):
@@ -171,21 +172,36 @@ def _save_state(path, run, step, parameters, ema, optimizers, losses) -> None:
 
 
 def _load_state(path, run, parameters, ema, optimizers, losses) -> int:
-    """Copies a saved state into place and returns the number of steps done."""
+    """Copies a saved state into place and returns the number of steps done.
+
+    Raises CheckpointError where it is damaged, TrainingError where it is not one of this run. Nothing is deleted: a
+    state is hours of work.
+    """
     tensors, metadata = sealed.load(path, "training")
+    _require(path, sealed.require_metadata, metadata, {key: type(value) for key, value in run.items()} | {"step": int})
     step = metadata.pop("step")
     for key, value in run.items():
         if metadata[key] != _as_json(value):
             raise TrainingError(
                 f"{path} is an unfinished run with another {key}: {metadata[key]} instead of {_as_json(value)}; "
-                "delete it to begin anew"
+                f"{BEGIN_ANEW}"
             )
+    owner = {p: optimizer for optimizer in optimizers for p in optimizer.param_groups[0]["params"]}
+    expected: dict[str, tuple] = {"losses": (torch.float32, losses.shape)}
+    for name, parameter in parameters.items():
+        kinds = ("momentum",) if isinstance(owner[parameter], Muon) else ("exp_avg", "exp_avg_sq")
+        for kind in ("weights", "ema", *kinds):
+            expected[f"{kind}/{name}"] = parameter.dtype, parameter.shape
+        if "momentum" not in kinds:
+            expected[f"step/{name}"] = torch.float32, ()
+    _require(path, sealed.require_tensors, tensors, expected)
+    if not 0 < step <= len(losses) or not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise TrainingError(f"{path} is damaged: its numbers are not those of a training; {BEGIN_ANEW}")
     losses.copy_(tensors["losses"])
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"weights/{name}"])
             ema[name].copy_(tensors[f"ema/{name}"])
-    owner = {p: optimizer for optimizer in optimizers for p in optimizer.param_groups[0]["params"]}
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
         if kind in ("momentum", "exp_avg", "exp_avg_sq", "step"):
@@ -193,6 +209,13 @@ def _load_state(path, run, parameters, ema, optimizers, losses) -> int:
             value = torch.empty_like(parameter).copy_(value) if value.dim() else value.to(parameter.device)
             owner[parameter].state[parameter][kind] = value
     return step
+
+
+def _require(path: Path, check: Callable, found: dict, expected: dict) -> None:
+    try:
+        check(found, expected)
+    except ValueError as error:
+        raise TrainingError(f"{path} is damaged or of another version ({error}); {BEGIN_ANEW}") from None
 
 
 def _as_json(value):
