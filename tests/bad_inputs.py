@@ -82,7 +82,7 @@ def faults(case: Case, code: int | None, out: str, err: str, before: dict, after
 
 
 def try_all(cases: list[Case], base: Path, jobs: int) -> list[list[str]]:
-    """The faults of the answer to each case. One process forks them all: threads and forks do not go together."""
+    """Prints and returns the faults of the answer to each case. One thread forks all: threads and forks do not mix."""
     found: list[list[str]] = [[] for _ in cases]
     running: dict[int, tuple[int, dict, float]] = {}  # process: number of its case, files before, when to give up
     waiting = list(range(len(cases)))
@@ -110,6 +110,8 @@ def try_all(cases: list[Case], base: Path, jobs: int) -> list[list[str]]:
             folder = base / f"case-{number}"
             found[number] = faults(cases[number], code, out, err, before, snapshot(folder))
             shutil.rmtree(folder)
+            if found[number]:
+                print(f"{cases[number].name}: {'; '.join(found[number])}", flush=True)
         time.sleep(0.01)
     return found
 
@@ -133,6 +135,9 @@ def prepare(base: Path) -> None:
         ["-m", "common", "sensitivity", *QUICK, "--digits", "4", "--formats", "int4"],
     ):
         finish(folder, command, base / "preparing")
+    for kind, name in (("ratio-0.25-int4", bad_cases.PACKED), ("budget-4x-entropy", bad_cases.CODED)):
+        (path,) = (folder / "results/quick/models").glob(f"{kind}*.safetensors")
+        shutil.copy(path, folder / name)
     bad_cases.make_images(folder / "digits")
 
 
@@ -148,10 +153,8 @@ def main():
         base = Path(folder)
         prepare(base)
         answers = try_all(cases, base, options.jobs)
-    failed = [(case, found) for case, found in zip(cases, answers, strict=True) if found]
-    for case, found in failed:
-        print(f"{case.name}: {'; '.join(found)}")
-    print(f"{len(cases) - len(failed)} of {len(cases)} answered well")
+    failed = sum(map(bool, answers))
+    print(f"{len(cases) - failed} of {len(cases)} answered well")
     sys.exit(1 if failed else 0)
 
 
