@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def test_python_examples_run():
@@ -16,8 +17,15 @@ def test_python_examples_run():
     assert namespace["nbytes"](namespace["stored"]) <= 120
 
 
-def test_every_module_stands_in_the_layout():
-    layout = README[README.index("## Layout") :]
-    words = set(re.findall(r"\w+", layout))
-    modules = {path.stem for path in (Path(__file__).parent.parent / "common").glob("*.py")} - {"__init__", "__main__"}
-    assert modules <= words
+def test_the_layout_names_the_modules_of_each_room_and_no_others():
+    block = re.search(r"^common/\n(.*?)^benchmarks/", README, flags=re.DOTALL | re.MULTILINE)[1]
+    rooms, room = {}, None
+    for line in block.splitlines():
+        if opened := re.match(r"  (\w+)/ +", line):
+            room, line = opened[1], line[opened.end() :]
+        rooms.setdefault(room, []).extend(re.split(r"  +", line.strip())[0].split())
+    formerly = {"report", "sensitivity", "timesteps", "learning_curve", "features"}  # say what to type instead
+    for room, named in rooms.items():
+        there = {path.stem for path in (ROOT / "common" / (room or "")).glob("*.py")} - {"__init__", "__main__"}
+        assert sorted(named) == sorted(there - (set() if room else formerly)), room
+    assert rooms.keys() - {None} == {path.parent.name for path in (ROOT / "common").glob("*/__init__.py")}

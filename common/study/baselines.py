@@ -36,11 +36,17 @@ def load_baseline(run: Run) -> Model:
 
 def load_checkpoint(run: Run) -> Model:
     """The model of --checkpoint, of the preset's architecture. Raises UserError."""
-    if not os.path.lexists(run.checkpoint):
+    try:
+        run.checkpoint.lstat()
+    except FileNotFoundError:
         raise UserError(
             f"--checkpoint {run.checkpoint}: no such file; make the baseline with: "
             f"python simplediffusion.py --preset {run.preset_name}"
-        )
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"--checkpoint {run.checkpoint}: cannot be read ({error.strerror}); name another file"
+        ) from None
     model = read_checkpoint(run.checkpoint)
     expected = replace(run.preset.network, dropout=model.config.dropout)
     if model.config != expected:

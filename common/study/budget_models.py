@@ -232,7 +232,7 @@ def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: in
     kept_path = run.out / "finetuned" / f"{key[:16]}-{limit}.safetensors"
     kept = distributed.on_first(lambda: _kept_result(kept_path, metadata))
     if kept is None:
-        schedule = Schedule(baseline.config.timesteps)
+        schedule = Schedule(baseline.config.timesteps, run.device)
         draw = sampler_of_digits(training_digits(run), schedule, seed)
         network = baseline.network().to(run.device, memory_format=torch.channels_last)
         weights = finetune(network, model.state, steps, draw, schedule, updates, precision, state_path)

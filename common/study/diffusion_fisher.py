@@ -25,7 +25,7 @@ def fisher_table(run: Run, model: Model) -> information.FisherTable:
 
     Raises UserError where the file belongs to other weights, or the values are not finite or all zero.
     """
-    schedule, preset = Schedule(model.config.timesteps), run.preset
+    schedule, preset = Schedule(model.config.timesteps, run.device), run.preset
     grid = [int((i + 0.5) * schedule.timesteps / FISHER_GRID) for i in range(FISHER_GRID)]
     settings = {
         "data": run.data,
@@ -71,7 +71,7 @@ def rounding_feedback(run: Run, model: Model) -> dict[str, Feedback]:
 
     Timesteps lie as densely as they weigh in the finished image.
     """
-    schedule, n = Schedule(model.config.timesteps), run.preset.fisher_digits
+    schedule, n = Schedule(model.config.timesteps, run.device), run.preset.fisher_digits
     timesteps = schedule.timesteps_at((torch.arange(n) + 0.5) / n)
     network = model.network().to(run.device)
     samples = noised(run, load_digits(run.data, "train", run.data_dir), timesteps.tolist())

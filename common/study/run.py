@@ -115,7 +115,7 @@ def choose_preset(asked: str | None, checkpoint: Path | None) -> tuple[str, str]
     """The preset's name, and why it is that. Raises UserError where the checkpoint is of none that is known."""
     if asked is not None:
         return asked, "--preset"
-    if checkpoint is not None and checkpoint.exists():
+    if checkpoint is not None and os.path.lexists(checkpoint):
         name = read_checkpoint(checkpoint).metadata.get("preset")
         if name not in PRESETS:
             raise UserError(f"--checkpoint {checkpoint}: made with preset {name}, unknown here; give --preset")
@@ -129,8 +129,6 @@ def start(options: argparse.Namespace) -> Run:
     set_up_torch()
     run = resolve(options)
     device = distributed.start(run.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
     sampling = replace(run.sampling, device=distributed.broadcast(device_name(device)))
     run = replace(run, device=device, sampling=sampling)
     threads, processes = torch.get_num_threads(), distributed.processes()
@@ -144,7 +142,7 @@ def start(options: argparse.Namespace) -> Run:
     if run.dry_run:
         print_sizes(run)
         raise SystemExit(0)
-    run.results.rows()  # raises where the file is damaged
+    distributed.on_first(run.results.rows)  # raises where the file is damaged
     images_mib = 2 * run.sampling.images / 1024 if run.samples else 0  # of one model, whole and in parts
     require_writable("--out", run.out, needed_mib=32 * size_mib(run.preset.network, {}) + images_mib)
     if run.samples:
@@ -153,8 +151,8 @@ def start(options: argparse.Namespace) -> Run:
 
 
 def require_memory(images: int) -> None:
-    """Raises UserError where images and their features (about 3 KiB each) would not fit in this machine's memory."""
-    needed = 3 * images / 1024
+    """Raises UserError where images and their features (about 5 KiB each) would not fit in this machine's memory."""
+    needed = 5 * images / 1024
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / MIB
     if needed > there:
         raise UserError(f"--images {images}: takes {needed:,.0f} MiB of memory, {there:,.0f} are there; give fewer")
@@ -238,7 +236,7 @@ def training_precision(device: torch.device) -> str:
 def read_checkpoint(path: Path, option: str = "--checkpoint") -> Model:
     """The model of a file. Raises UserError naming the option where it cannot be read, or is none."""
     try:
-        if path.exists() and not path.is_file():
+        if not path.is_file() and os.stat(path):  # which raises where it is a loop of links
             raise UserError(f"{option} {path}: is not a file; name a model's file")
         return load_model(path)
     except OSError as error:

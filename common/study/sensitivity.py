@@ -65,7 +65,7 @@ def quantize_each_alone(model: Model, fmt: str, fisher: dict[str, dict[str, floa
 
     fisher: {which: {name: value}}, what may predict it.
     """
-    network, schedule = model.network().to(x0.device), Schedule(model.config.timesteps)
+    network, schedule = model.network().to(x0.device), Schedule(model.config.timesteps, x0.device)
     before = digit_losses(network, schedule, x0, t, noise)
     parameters, shapes = dict(network.named_parameters()), tensor_shapes(model.config)
     names = layer_weights(model.state)
