@@ -36,7 +36,7 @@ def main():
     if options.times and "auto" in options.times and len(options.times) > 1:
         parser.error("argument --times: auto stands alone")
     if options.controls and options.times and "auto" in options.times:
-        parser.error("argument --controls: goes with given sizes only")
+        parser.error("argument --controls: goes with given sizes only, not with --times auto")
     if options.finetune and options.coding != "entropy":
         parser.error("argument --finetune: goes with --coding entropy only")
 

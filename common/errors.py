@@ -32,7 +32,6 @@ def run_main(main: Callable[[], None]) -> None:
     if not is_first_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, until the process ends
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
-    program = Path(sys.argv[0]).name
     try:
         main()
     except (UserError, OSError) as error:
@@ -40,7 +39,7 @@ def run_main(main: Callable[[], None]) -> None:
             traceback.print_exc()
         if not is_first_process():
             time.sleep(GRACE_SECONDS)  # an error of all ends the first process, and then this one; it may be of one
-        sys.exit(f"{program}: error: {describe(error)}")
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {describe(error)}")
     except KeyboardInterrupt:
         if not is_first_process():
             sys.exit(1)

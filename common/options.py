@@ -25,7 +25,18 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
         self.add_argument("--debug", action="store_true", help="show where an error arose, not one line alone")
 
+    def parse_args(self, args=None, namespace=None):
+        """As argparse does; but an option that is given twice is an error, not the last one's value."""
+        args = sys.argv[1:] if args is None else args
+        given = [text.partition("=")[0] for text in args if text.startswith("--")]
+        for option in given:
+            if given.count(option) > 1 and option in self._option_string_actions:
+                self.error(f"argument {option}: is given {given.count(option)} times; give it once")
+        return super().parse_args(args, namespace)
+
     def error(self, message):
+        if message.startswith("unrecognized arguments"):
+            message += "; --help lists the options"
         self.exit(2, f"{self.prog}: error: {message}\n" if is_first_process() else None)
 
 

@@ -77,10 +77,10 @@ def try_pair(name: str, base: Path, expected: dict, delay: float) -> list[str]:
 
 def append_rows(path: Path, like: dict, process: int) -> None:
     """Appends rows one by one, as the scripts do."""
-    from common.study.report import add_rows
+    from common.study.rows import ResultStore, row_from_json
 
     for i in range(ROWS):
-        add_rows(path, [like | {"label": f"row {i} of process {process}"}])
+        ResultStore(path).add([row_from_json(like | {"label": f"row {i} of process {process}"})])
 
 
 def rows_kept(base: Path) -> int:

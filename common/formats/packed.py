@@ -156,6 +156,8 @@ def _model_of(stored: dict[str, torch.Tensor], metadata: dict) -> Model:
     sealed.require_metadata(metadata["architecture"], _ARCHITECTURE)
     about = metadata["about"]
     sealed.require_metadata(about, {"label": str} | {key: _ABOUT.get(key, type(about[key])) for key in about})
+    if not about["label"].isprintable() or len(about["label"]) > 200:  # it stands in tables and names files
+        raise ValueError("its label is not one short line")
     if metadata["data_range"] != list(DATA_RANGE):
         raise ValueError(f"its images are not of the range {DATA_RANGE}")
     config = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in metadata["architecture"].items()})

@@ -142,8 +142,10 @@ def _download_inception(url: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=INCEPTION_SHA256_PREFIX)
         except (OSError, RuntimeError) as error:
+            reason = getattr(error, "reason", error)  # of a URLError, an OSError
+            reason = getattr(reason, "strerror", None) or reason
             raise UserError(
-                f"--metric inception: the weights cannot be downloaded ({error}); fetch {url} on another machine and "
+                f"--metric inception: the weights cannot be downloaded ({reason}); fetch {url} on another machine and "
                 "name the file with --inception-weights, or use --metric mnist, which needs no download"
             ) from None
     return path

@@ -75,7 +75,7 @@ def choose_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     match = re.fullmatch(r"cpu|cuda(?::(0|[1-9][0-9]*))?", name)
     if match is None:
-        raise UserError(f"--device {name}: not a device; use cpu, cuda or cuda:N")
+        raise UserError(f"--device {name or repr(name)}: not a device; use cpu, cuda or cuda:N")
     if name == "cpu":
         return torch.device(name)
     if not torch.cuda.is_available():

@@ -67,7 +67,9 @@ def load(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
     content = path.read_bytes()
     seal = _SEAL.search(content)
     if seal is None:
-        raise CheckpointError(f"{path} is not a file of this project, or its header is damaged")
+        raise CheckpointError(
+            f"{path} is not a file of this project, or its header is damaged; name another, or delete it"
+        )
     digest = hashlib.sha256(content[: seal.start(1)])
     digest.update(_UNSEALED)
     digest.update(content[seal.end(1) :])

@@ -7,7 +7,6 @@ from pathlib import Path
 from common.ddpm.digits import load_digits
 from common.errors import UserError
 from common.formats.packed import Model, load_model, size_mib
-from common.runtime import distributed
 from common.runtime.sealed import CheckpointError
 from common.study.run import (
     Run,
@@ -28,7 +27,7 @@ def load_baseline(run: Run) -> Model:
     model = load_checkpoint(run)
     if not model.is_baseline:
         raise UserError(
-            f"--checkpoint {run.checkpoint} is quantized already; strategies start from an FP32 baseline: "
+            f"--checkpoint {run.checkpoint} is quantized already; name an FP32 baseline to start from, such as "
             f"{preset_checkpoint(run.preset_name)}"
         )
     return model
@@ -36,17 +35,11 @@ def load_baseline(run: Run) -> Model:
 
 def load_checkpoint(run: Run) -> Model:
     """The model of --checkpoint, of the preset's architecture. Raises UserError."""
-    try:
-        run.checkpoint.lstat()
-    except FileNotFoundError:
+    if not is_there(run.checkpoint):
         raise UserError(
             f"--checkpoint {run.checkpoint}: no such file; make the baseline with: "
             f"python simplediffusion.py --preset {run.preset_name}"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"--checkpoint {run.checkpoint}: cannot be read ({error.strerror}); name another file"
-        ) from None
+        )
     model = read_checkpoint(run.checkpoint)
     expected = replace(run.preset.network, dropout=model.config.dropout)
     if model.config != expected:
@@ -54,7 +47,20 @@ def load_checkpoint(run: Run) -> Model:
             f"--checkpoint {run.checkpoint} has another architecture, channels {model.config.channels}, than preset "
             f"{run.preset_name}, {expected.channels}; give the --preset that made it"
         )
+    if model.is_baseline and type(model.metadata.get("digits_seen")) is not int:
+        raise UserError(f"--checkpoint {run.checkpoint}: does not say how many digits it has seen; make it anew")
     return model
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything is at --checkpoint. Raises UserError where that cannot be said, as of a name too long."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UserError(f"--checkpoint {path}: cannot be read ({error.strerror}); name another file") from None
+    return True
 
 
 def original_of(run: Run, model: Model, named: Path | None) -> tuple[Model | None, Path]:
@@ -81,7 +87,7 @@ def original_of(run: Run, model: Model, named: Path | None) -> tuple[Model | Non
 def check_training(run: Run, named: bool) -> None:
     """Raises UserError where training would replace what is not a baseline of one's own; `named`: by --checkpoint."""
     path = run.checkpoint
-    if os.path.lexists(path):
+    if is_there(path):
         if not path.is_file():
             raise UserError(f"--checkpoint {path}: is there and not a file; name another")
         try:
@@ -102,7 +108,9 @@ def check_training(run: Run, named: bool) -> None:
                 )
     state = training_state_file(path)
     if os.path.lexists(state) and not state.is_file():
-        raise UserError(f"--checkpoint {path}: {state}, where its training would keep its state, is not a file")
+        raise UserError(
+            f"--checkpoint {path}: {state}, where its training keeps its state, is not a file; move it away"
+        )
     require_writable("--checkpoint", path.parent, needed_mib=5 * size_mib(run.preset.network, {}))
 
 
@@ -114,8 +122,3 @@ def train(run: Run, keep_every: int | None) -> Model:
         run.preset.network, run.training, digits, run.checkpoint, run.device, training_precision(run.device),
         run.preset_name, keep_every,
     )  # fmt: skip
-
-
-def exists(run: Run) -> bool:
-    """Whether there is something at --checkpoint, as the first process sees it."""
-    return distributed.broadcast(os.path.lexists(run.checkpoint))

@@ -28,7 +28,7 @@ def main():
     names = sorted(path for path in pattern.parent.iterdir() if path.name.startswith(begin) and path.name.endswith(end))
     kept = {path: read_checkpoint(path) for path in names}
     if not kept:
-        raise UserError(f"{pattern}: no such file; simplediffusion.py --retrain --keep-every N makes them")
+        raise UserError(f"{pattern}: no such file; make them with: simplediffusion.py --retrain --keep-every N")
     for path, model in kept.items():
         if model.metadata["training"] != baseline.metadata["training"]:
             raise UserError(f"{path} is of another training than {run.checkpoint}; delete it")

@@ -174,13 +174,16 @@ def run_baseline(
     run = start(options)
     if training_steps is not None:
         run = replace(run, training=replace(run.training, steps=training_steps))
-    named, there = options.checkpoint is not None, baselines.exists(run)
+    named = options.checkpoint is not None
+    there = distributed.on_first(lambda: baselines.is_there(run.checkpoint))
     if not there and named and not retrain:
         baselines.load_checkpoint(run)  # raises: a file that was named is not made by guessing
     trains = retrain or not there
     for option, value in (("--training-steps", training_steps), ("--keep-every", keep_every)):
         if value is not None and not trains:
             raise UserError(f"{option} {value}: {run.checkpoint} is trained; give --retrain as well")
+    if keep_every is not None and keep_every >= run.training.steps:
+        raise UserError(f"--keep-every {keep_every}: the training has {run.training.steps} steps; give fewer")
     if trains:
         evaluator = make_evaluator(run)
         distributed.on_first(lambda: baselines.check_training(run, named))

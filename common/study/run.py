@@ -144,7 +144,8 @@ def start(options: argparse.Namespace) -> Run:
         raise SystemExit(0)
     distributed.on_first(run.results.rows)  # raises where the file is damaged
     images_mib = 2 * run.sampling.images / 1024 if run.samples else 0  # of one model, whole and in parts
-    require_writable("--out", run.out, needed_mib=32 * size_mib(run.preset.network, {}) + images_mib)
+    for folder in (run.out, *(run.out / name for name in ("images", "models", "reference"))):
+        require_writable("--out", folder, needed_mib=32 * size_mib(run.preset.network, {}) + images_mib)
     if run.samples:
         require_memory(run.sampling.images)
     return run
@@ -159,12 +160,13 @@ def require_memory(images: int) -> None:
 
 
 def require_writable(option: str, folder: Path, needed_mib: float) -> None:
-    """Makes the folder. Raises UserError where files cannot be made in it, or where the disk has too little room."""
+    """Makes nothing. Raises UserError where files could not be made in `folder`, which need not be there yet, or where
+    the disk has too little room."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        with tempfile.TemporaryFile(dir=there):
             pass
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(there).free
     except OSError as error:
         raise UserError(f"{option} {folder}: cannot be written ({error.strerror}); name another folder") from None
     if free / MIB < needed_mib:
