@@ -54,6 +54,13 @@ def describe(error: Exception) -> str:
     return f"{where}{error.strerror}; nothing was lost: mend that or name another file, then give the command again"
 
 
+def one_line(error: Exception) -> str:
+    """What an error of another package says, in a line; of the network's and the system's the reason alone."""
+    reason = getattr(error, "reason", error)  # of a URLError: often an OSError
+    said = getattr(reason, "strerror", None) or str(reason).strip() or type(reason).__name__
+    return said.splitlines()[-1]
+
+
 def moved(command: str) -> None:
     """Ends a process that was started as `python -m common.<command>`, as the tools once were."""
     sys.exit(f"python -m common.{command.replace('-', '_')} is now: python -m common {command}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.runtime import distributed
 
 DATA_RANGE = (-1.0, 1.0)
@@ -95,7 +95,7 @@ def _download_mnist(raw: Path) -> None:
         for folder in absent:
             with suppress(OSError):  # it holds what was downloaded
                 folder.rmdir()
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        reason = one_line(error)
         raise DataError(f"not in --data-dir {data_dir}, nor to be downloaded ({reason}); {remedy}") from error
 
 

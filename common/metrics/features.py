@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.ddpm.digits import to_model_range
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.runtime import distributed, sealed
 
 CLASSIFIER_FILE = Path(__file__).parents[2] / "checkpoints" / "features.safetensors"
@@ -142,10 +142,8 @@ def _download_inception(url: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=INCEPTION_SHA256_PREFIX)
         except (OSError, RuntimeError) as error:
-            reason = getattr(error, "reason", error)  # of a URLError, an OSError
-            reason = getattr(reason, "strerror", None) or reason
             raise UserError(
-                f"--metric inception: the weights cannot be downloaded ({reason}); fetch {url} on another machine and "
+                f"--metric inception: the weights cannot be downloaded ({one_line(error)}); fetch {url} on another machine and "
                 "name the file with --inception-weights, or use --metric mnist, which needs no download"
             ) from None
     return path

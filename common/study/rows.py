@@ -2,11 +2,13 @@
 
 import json
 import math
+import stat
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from common.errors import UserError
+from common.presets import FORMATS
 from common.runtime.files import locked, write_atomically
 
 REAL, BASELINE = "Real test digits", "Baseline"  # strategies of the rows that others are compared with
@@ -118,7 +120,16 @@ def row_from_json(flat: dict) -> Row:
             values[key] = Figure(value, error)
     for key, value in flat.items():
         values[key] = checked(key, value)
+    if values["strategy"] == "Ratio" and not _is_number(values.get("setting", "")):
+        raise ValueError(f"setting of {values.get('setting', '')[:40]!r} is not a ratio")
     return Row(**values)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _settings(flat: dict) -> Settings:
@@ -130,6 +141,8 @@ def _settings(flat: dict) -> Settings:
             value = _number(field.name, value)
         elif type(value) is not kind and not (value is None and field.name == "baseline"):
             raise ValueError(f"{field.name} of {str(value)[:40]!r} is not a {kind.__name__}")
+        elif kind is int and value < 0:
+            raise ValueError(f"{field.name} of {value} cannot be")
         values[field.name] = value
     return Settings(**values)
 
@@ -137,7 +150,7 @@ def _settings(flat: dict) -> Settings:
 def checked(key: str, value):
     """The value of a row's field as a row holds it. Raises ValueError where it cannot be one."""
     if key in _TEXTS:
-        valid = isinstance(value, str)
+        valid = isinstance(value, str) and value.isprintable() and (value or key == "setting")
     elif key in _COUNTS:
         valid = type(value) is int and value >= 0
     elif key in _SIZES:
@@ -147,7 +160,7 @@ def checked(key: str, value):
         pair = isinstance(value, tuple) and len(value) == 2
         valid = pair and all(_number(key, v) > 0 for v in value if v is not None)
     elif key == "formats":
-        valid = isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+        valid = isinstance(value, dict) and all(v in (*FORMATS, "entropy") for v in value.values())
     elif key == "kept":
         valid = isinstance(value, dict) and all(
             isinstance(names, list) and all(isinstance(name, str) for name in names) for names in value.values()
@@ -175,6 +188,8 @@ class ResultStore:
         """All rows, in the order in which they were first added; none where the file is absent. Raises UserError naming
         the line where it is damaged."""
         try:
+            if not stat.S_ISREG(self.path.stat().st_mode):
+                raise UserError(f"{self.path}: is not a file; move it away, or name another folder with --out")
             lines = self.path.read_text(encoding="utf-8").splitlines()
         except (FileNotFoundError, NotADirectoryError):
             return []
