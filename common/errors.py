@@ -58,7 +58,8 @@ def one_line(error: Exception) -> str:
     """What an error of another package says, in a line; of the network's and the system's the reason alone."""
     reason = getattr(error, "reason", error)  # of a URLError: often an OSError
     said = getattr(reason, "strerror", None) or str(reason).strip() or type(reason).__name__
-    return said.splitlines()[-1]
+    file = getattr(reason, "filename", None)
+    return (f"{file}: " if file else "") + said.splitlines()[-1]
 
 
 def moved(command: str) -> None:

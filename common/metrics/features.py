@@ -143,7 +143,7 @@ def _download_inception(url: str) -> Path:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=INCEPTION_SHA256_PREFIX)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"--metric inception: the weights cannot be downloaded ({one_line(error)}); fetch {url} on another machine and "
-                "name the file with --inception-weights, or use --metric mnist, which needs no download"
+                f"--metric inception: the weights cannot be downloaded ({one_line(error)}); fetch {url} on another "
+                "machine and name the file with --inception-weights, or use --metric mnist, which needs no download"
             ) from None
     return path
