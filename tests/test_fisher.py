@@ -323,32 +323,6 @@ def test_a_table_of_zeros_or_nan_is_said_in_one_line():
             information.measure(network, loss, {1: (x, y)}, "w" * 64, {}, [])
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"values": torch.ones(3, 2, dtype=torch.float64)},
-        {"values": torch.ones(3, 3)},
-        {"values": torch.full((3, 3), torch.nan, dtype=torch.float64)},
-        {"values": torch.zeros(3, 3, dtype=torch.float64)},
-        {"errors": -torch.ones(3, 3, dtype=torch.float64)},
-        {"names": ["a", "b", "b"]},
-        {"names": ["a", ["b"], "c"]},
-        {"timesteps": [1, 25]},
-        {"timesteps": [1, 25, "75"]},
-        {"samples": {"4": 2}},
-        {"image_weights": [3.0]},
-        {"image_weights": [3.0, float("nan")]},
-        {"settings": None},
-    ],
-)
-def test_a_sealed_table_with_wrong_content_is_damaged(tmp_path, change):
-    path = tmp_path / "f.safetensors"
-    information.save(path, replace(small_table(), **change))
-    with pytest.raises(CheckpointError, match="damaged") as error:
-        information.load(path, "a" * 64)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
 def test_bfloat16_weights_have_fisher_values():
     network, (x, y) = regression(8)
     expected, _ = fisher_information(network, squared_loss, (x, y))
@@ -367,16 +341,19 @@ def test_table_of_other_weights_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"names": ["a", "b"]}, "do not fit each other"),
-        ({"names": ["a", "b", "b"]}, "do not fit each other"),
-        ({"names": ["a", "b", ["c"]]}, "do not fit each other"),
-        ({"timesteps": [1, 25]}, "do not fit each other"),
-        ({"timesteps": [1, 25, "75"]}, "do not fit each other"),
-        ({"samples": [4, 2]}, "do not fit each other"),
-        ({"image_weights": [1.0]}, "do not fit each other"),
-        ({"image_weights": [1.0, float("nan")]}, "do not fit each other"),
-        ({"values": torch.full((3, 3), float("nan"), dtype=torch.float64)}, "do not fit each other"),
-        ({"errors": torch.ones(3, 2, dtype=torch.float64)}, "do not fit each other"),
+        ({"names": ["a", "b"]}, "one for each timestep and name"),
+        ({"names": ["a", "b", "b"]}, "not names"),
+        ({"names": ["a", "b", ["c"]]}, "not names"),
+        ({"timesteps": [1, 25]}, "not of one length"),
+        ({"timesteps": [1, 25, "75"]}, "not whole numbers"),
+        ({"samples": [4, 2]}, "not of one length"),
+        ({"samples": {"4": 2}}, "entry samples is not of type list"),
+        ({"image_weights": [1.0]}, "not of one length"),
+        ({"image_weights": [1.0, float("nan")]}, "not positive numbers"),
+        ({"values": torch.full((3, 3), float("nan"), dtype=torch.float64)}, "not finite"),
+        ({"values": torch.zeros(3, 3, dtype=torch.float64)}, "all zero"),
+        ({"errors": -torch.ones(3, 3, dtype=torch.float64)}, "negative"),
+        ({"errors": torch.ones(3, 2, dtype=torch.float64)}, "one for each timestep and name"),
         ({"errors": torch.ones(3, 3)}, "tensor errors is torch.float32"),
         ({"weights": 1}, "entry weights is not of type str"),
         ({"settings": []}, "entry settings is not of type dict"),
