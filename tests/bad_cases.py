@@ -200,10 +200,10 @@ def numbers() -> Iterator[Case]:
 def choices() -> Iterator[Case]:
     options = {
         "--preset": ("huge", "", "Quick"), "--data": ("cifar", ""), "--format": ("int1", "fp32", "INT8", ""),
-        "--fisher-timestep": ("2", "", "0"), "--sampler": ("euler", ""), "--precision": ("fp8", ""),
+        "--timestep-weighting": ("2", "", "all"), "--fisher-timestep": ("2", ""), "--sampler": ("euler", ""), "--precision": ("fp8", ""),
         "--metric": ("clip", ""),
     }  # fmt: skip
-    scripts = itertools.cycle(SCRIPTS)
+    scripts = itertools.cycle(SCRIPTS[1:])
     for option, values in options.items():
         for value in values:
             yield case(f"word {option} {value!r}", next(scripts), option, value or "''", more=(option, value))
@@ -990,9 +990,6 @@ def tools() -> Iterator[Case]:
     ):  # fmt: skip
         line = "benchmarks.speed --device cpu --rounds 1"
         yield case(f"--json {name}", line, "--json", path, more=("--json", path), setup=setup)
-    yield case(
-        "peers of a missing baseline", f"benchmarks.peers {QUICK}", BASELINE, setup=lambda f: (f / BASELINE).unlink()
-    )
     yield case("samplers of too few images", f"benchmarks.samplers {QUICK} --images 100", "--images", "100", "257")
 
 
