@@ -27,9 +27,9 @@ from forks import QUICK, ROOT, finish, kill, preload, start
 SECONDS = 60
 BAR = re.compile(r"\d+%\||\d+(it|step|tensor|image|round|work|file)s? \[|\[\d\d:\d\d")
 REMEDY = re.compile(
-    r"\b(give|use|delete|name|make|choose|ask|move|get|fetch|run|must|at least|at most|lie|goes with|expected|take|"
-    r"takes|need|needs|required|not allowed with|leave|free|checkout|write|see|whole number|stands alone|"
-    r"missing|is now|needed)\b|e\.g\. |--help|python |\d\.\.\d"
+    r"\b(give|use|delete|remove|name|names|save|put|make|makes|choose|ask|move|get|fetch|run|must|at least|at most|lie|"
+    r"goes with|expected|take|takes|need|needs|needed|required|not allowed with|leave|free|checkout|write|see|missing|"
+    r"whole number|stands alone|start from|pip install|is now)\b|e\.g\. |--help|python |\d\.\.\d"
 )
 
 
@@ -58,11 +58,12 @@ def faults(case: Case, code: int | None, out: str, err: str, before: dict, after
         return [f"ended by signal {-code}"]
     if "Traceback" in err or "Traceback" in out:
         return ["traceback: " + (lines[-1] if lines else "")[:160]]
-    if case.expect == "heals" or (case.expect == "either" and code == 0):
+    if case.expect == "either" and code == 0:
+        return []
+    if case.expect == "heals":
         if code != 0:
-            found.append(f"exit code {code} instead of healing: {(lines or [''])[-1][:200]}")
-        found += [f"does not say {said!r}" for said in case.said if said not in out + err]
-        return found
+            return [f"exit code {code} instead of healing: {(lines or [''])[-1][:200]}"]
+        return [f"does not say {said!r}" for said in case.said if said not in out + err]
     if code == 0:
         return ["accepted: exit code 0"]
     if len(lines) != 1:

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 from forks import QUICK, finish, preload, start, wait
@@ -94,11 +95,13 @@ def rows_kept(base: Path) -> int:
             try:
                 append_rows(path, like, number)
                 os._exit(0)
-            finally:
+            except Exception:
+                traceback.print_exc()
                 os._exit(1)
         processes.append(process)
-    codes = [wait(process, 60) for process in processes]
-    return len(path.read_text().splitlines()) if codes == [0, 0] else 0
+    for process in processes:
+        wait(process, 60)
+    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def main():
