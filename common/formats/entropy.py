@@ -140,7 +140,7 @@ def code_lengths(codes: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         return np.where(known, lengths[(symbols - low).clip(0, len(table) - 1)], lengths.max()) + widths
 
     reach = 2 * int(abs(codes).max()) + DIRECT  # feedback may carry codes beyond the largest
-    if reach > TABLED_REACH:
+    if reach > min(TABLED_REACH, codes.size):  # a table longer than the codes costs more than it saves
         return bits
     table_of_bits = bits(np.arange(-reach, reach + 1))
     return lambda candidates: table_of_bits[(candidates + reach).clip(0, 2 * reach)]
