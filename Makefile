@@ -21,7 +21,7 @@ demo: .venv/installed
 	$(RUN) -m common report --preset quick
 
 test: .venv/installed-test lint
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .

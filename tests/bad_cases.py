@@ -200,7 +200,8 @@ def numbers() -> Iterator[Case]:
 def choices() -> Iterator[Case]:
     options = {
         "--preset": ("huge", "", "Quick"), "--data": ("cifar", ""), "--format": ("int1", "fp32", "INT8", ""),
-        "--timestep-weighting": ("2", "", "all"), "--fisher-timestep": ("2", ""), "--sampler": ("euler", ""), "--precision": ("fp8", ""),
+        "--timestep-weighting": ("2", "", "all"), "--fisher-timestep": ("2", ""),
+        "--sampler": ("euler", ""), "--precision": ("fp8", ""),
         "--metric": ("clip", ""),
     }  # fmt: skip
     scripts = itertools.cycle(SCRIPTS[1:])
@@ -620,11 +621,32 @@ def damaged_states() -> Iterator[Case]:
     yield case("state of the training a pipe", again, state, setup=pipe_at(state))
     yield case("state of the training a loop", again, state, setup=loop_at(state))
     finetune = f"{BUDGET} {QUICK} --times 4 --finetune 3"
-    states = "results/quick/finetuning-*"
-    for name in ("truncated", "altered"):  # few of them: what comes before takes many seconds
-        yield case(f"state of finetuning {name}", finetune, "finetuning-", setup=change(states, DAMAGES[name]))
-    for name, at in (("a folder", folder_at), ("a pipe", pipe_at)):
-        yield case(f"state of finetuning {name}", finetune, "finetuning-", setup=each(states, at))
+    yield case(
+        "a finetuned model truncated",
+        finetune,
+        "finetuned/",
+        setup=change("results/quick/finetuned/*", DAMAGES["truncated"]),
+        expect="heals",
+    )
+    yield case(
+        "a finetuned model a folder",
+        finetune,
+        "finetuned",
+        setup=each("results/quick/finetuned/*", folder_at),
+        expect="either",
+    )
+
+    def state_of_finetuning(at: Callable[[str], Callable[[Path], None]]) -> Callable[[Path], None]:
+        def setup(folder: Path) -> None:
+            (path,) = folder.glob("results/quick/finetuned/*")
+            path.unlink()
+            at(f"results/quick/finetuning-{path.stem.split('-')[0]}.safetensors")(folder)
+
+        return setup
+
+    for name, at in (("text", lambda name: puts(name, "text")), ("a folder", folder_at), ("a pipe", pipe_at)):
+        setup = state_of_finetuning(at)
+        yield case(f"state of finetuning {name}", finetune, "finetuning-", setup=setup, expect="either")
     curve, kept_ones = f"common learning-curve {QUICK}", "checkpoints/quick.after-*"
     for name, damage in DAMAGES.items():
         yield case(f"kept weights {name}", curve, "quick.after-", setup=change(kept_ones, damage))

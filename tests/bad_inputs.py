@@ -95,7 +95,12 @@ def try_all(cases: list[Case], base: Path, jobs: int) -> list[list[str]]:
                 folder.mkdir()
             else:
                 shutil.copytree(base / "prepared", folder)
-            cases[number].setup(folder)
+            try:
+                cases[number].setup(folder)
+            except Exception as error:  # as when a file has got another name
+                found[number] = [f"cannot be set up: {error!r}"]
+                print(f"{cases[number].name}: {found[number][0]}", flush=True)
+                continue
             before = snapshot(folder)
             process = start_case(folder, cases[number], base / f"answer-{number}")
             running[process] = number, before, time.monotonic() + SECONDS

@@ -40,7 +40,7 @@ PHASES = (
     Phase("training", BASELINE, ("checkpoints/*", f"{OUT}/fisher-*", *MADE), until="checkpoints/quick.safetensors"),
     Phase("sampling", BASELINE, MADE),
     Phase("Fisher", BASELINE, (f"{OUT}/fisher-*",), until=f"{OUT}/fisher-*"),
-    Phase("finetuning", FINETUNED, (f"{OUT}/finetuning-*", *MADE)),
+    Phase("finetuning", FINETUNED, (f"{OUT}/finetun*", *MADE)),
     Phase("packing", ["layer_ratio.py", *QUICK, "--ratio", "0.2", "0.4", "0.6"], MADE[1:]),
 )
 
