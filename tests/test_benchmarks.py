@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from benchmarks import memory, peers, profile, published, samplers, speed
 from common.ddpm.unet import UNet
 from common.errors import UserError
 from common.presets import PRESETS
+from common.study.rows import Figure
 
 
 def run(module, monkeypatch, capsys, *arguments):
@@ -76,8 +78,11 @@ def test_published_way_drops_attention_weights_at_all_times(tiny_network):
 
 def test_samplers_names_the_fewest_steps_that_are_near():
     rows = [
-        {"sampler": sampler, "steps": steps, "eta": 1.0, "fid": fid, "fid_error": 0.01}
-        | {"inception_score": 9.0, "inception_score_error": 0.1}
+        SimpleNamespace(
+            settings=SimpleNamespace(sampler=sampler, steps=steps, eta=1.0),
+            fid=Figure(fid, 0.01),
+            inception_score=Figure(9.0, 0.1),
+        )
         for sampler, steps, fid in (("ddim", 10, 0.4), ("ddim", 50, 0.21), ("ddim", 100, 0.2), ("ddpm", 1000, 0.2))
     ]
     printed = samplers.format_samplers(rows, [(0.2, 0.02), (0.01, 0.02), (0.0, 0.02), (0.0, 0.0)]).splitlines()

@@ -69,7 +69,9 @@ def _choose_codes(scaled: np.ndarray, price: float, rounds: int = 3) -> np.ndarr
     """Integers near `scaled`, entry by entry."""
     codes = np.rint(scaled).astype(np.int64)
     for _ in range(rounds):
-        codes = toward_zero(scaled, codes, code_lengths(codes), price)
+        before, codes = codes, toward_zero(scaled, codes, code_lengths(codes), price)
+        if np.array_equal(codes, before):  # and so would be the next
+            break
     return codes
 
 
