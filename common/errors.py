@@ -64,4 +64,4 @@ def one_line(error: Exception) -> str:
 
 def moved(command: str) -> None:
     """Ends a process that was started as `python -m common.<command>`, as the tools once were."""
-    sys.exit(f"python -m common.{command.replace('-', '_')} is now: python -m common {command}")
+    sys.exit(f"python -m common.{command.replace('-', '_')}: error: type instead: python -m common {command}")

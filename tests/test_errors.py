@@ -553,3 +553,55 @@ def test_process_fails_with_one_line(tmp_path):
     (line,) = process.stderr.splitlines()
     assert line.startswith("layer_ratio.py: error: --checkpoint absent.safetensors: no such file")
     assert not files(tmp_path)
+
+
+@pytest.mark.parametrize("module", ["report", "metrics", "sensitivity", "timesteps", "learning_curve", "features"])
+def test_the_old_place_of_a_tool_says_what_to_type(module, tmp_path):
+    run = f"runpy.run_module('common.{module}', run_name='__main__')"
+    process = run_process("-c", f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); {run}", cwd=tmp_path)
+    command = module.replace("_", "-")
+    assert process.returncode == 1
+    assert process.stderr == f"python -m common.{module}: error: type instead: python -m common {command}\n"
+
+
+def test_a_baseline_that_does_not_say_what_it_saw(refused, tiny_network, tmp_path):
+    path = tmp_path / "silent.safetensors"
+    metadata = {"label": "Baseline (FP32)", "preset": "quick"}
+    save_model(path, full_precision(tiny_network.config, tiny_network.state_dict(), metadata))
+    message = refused("layer_ratio", *QUICK, "--checkpoint", path)
+    assert f"--checkpoint {path}" in message and "how many digits" in message
+
+
+def test_an_option_that_is_given_twice(refused):
+    assert "argument --ratio: is given 2 times" in refused("layer_ratio", "--ratio", "0.1", "--ratio", "0.2")
+
+
+def test_training_replaces_no_model_but_ones_own(refused, baseline, tiny_network, tmp_path, monkeypatch):
+    packed, foreign = tmp_path / "packed.safetensors", tmp_path / "notes.txt"
+    model = load_model(baseline)
+    save_model(packed, model.quantize(layer_weights(model.state), "int4", {"label": "Uniform", "strategy": "Uniform"}))
+    foreign.write_text("kept")
+    make_evaluator(started(*QUICK))
+    for path, said in ((packed, "quantized model"), (foreign, "not a baseline"), (tmp_path, "not a file")):
+        message = refused("simplediffusion", *QUICK, "--retrain", "--checkpoint", path)
+        assert f"--checkpoint {path}" in message and said in message
+    monkeypatch.setattr("common.study.baselines.SHIPPED", (model.sha256[:8],))
+    message = refused("simplediffusion", *QUICK, "--retrain")
+    assert "--checkpoint FILE" in message and "comes with the software" in message
+
+
+def test_packed_file_of_another_baseline(refused, baseline, tmp_path):
+    packed = tmp_path / "packed.safetensors"
+    metadata = {"label": "Uniform", "strategy": "Uniform", "baseline": "b" * 64}
+    save_model(packed, load_model(baseline).quantize([], "int4", metadata))
+    message = refused("simplediffusion", *QUICK, "--checkpoint", packed, "--baseline", baseline)
+    assert f"--baseline {baseline}" in message and "bbbbbbbb" in message
+
+
+def test_the_traceback_is_shown_where_it_is_asked_for(tiny_preset, monkeypatch, capfd):
+    import layer_ratio
+
+    monkeypatch.setattr(sys, "argv", ["layer_ratio.py", *QUICK, "--checkpoint", "absent", "--debug"])
+    with pytest.raises(SystemExit, match="absent: no such file"):
+        run_main(layer_ratio.main)
+    assert "Traceback" in capfd.readouterr().err

@@ -451,3 +451,19 @@ def test_too_few_test_digits_for_the_features_leave_their_row_out(call, trained,
     printed = call("simplediffusion")
     assert "250 test digits in mnist5k are too few" in printed and "--data mnist" in printed
     assert "Real test digits" not in printed and "Baseline (FP32)" in printed
+
+
+def test_numbers_that_look_alike_have_rows_of_their_own(call, trained):
+    call("whole_threshold", "--threshold", "0.1234567", "0.1234568", "--steps", "1")
+    one, other = row_of("Threshold 0.1234567 (FP16)"), row_of("Threshold 0.1234568 (FP16)")
+    assert (one["setting"], other["setting"]) == ("0.1234567", "0.1234568")
+
+
+def test_a_packed_file_stays_what_its_row_says_after_another_training(call, trained):
+    call("layer_ratio", "--ratio", "0.25", "--steps", "1")
+    before = row_of("Ratio 0.25 (FP16)")
+    call("simplediffusion", "--retrain", "--training-steps", "3", "--steps", "1")
+    call("layer_ratio", "--ratio", "0.25", "--steps", "1")
+    of_each = [row for row in rows() if row["label"] == "Ratio 0.25 (FP16)"]
+    assert len(of_each) == 2 and before in of_each
+    assert all(load_model(Path(row["file"])).sha256 == row["weights"] for row in of_each)

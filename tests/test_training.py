@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from common.presets import TrainingConfig
 from common.runtime import sealed
 from common.runtime.sealed import CheckpointError
 from common.training import loop
+from common.training.baseline import kept_file, training_state_file
 from common.training.loop import EpochOrder, TrainingError, ema_decay, learning_rate_factor, stratified, train
 
 CONFIG = TrainingConfig(
@@ -324,3 +326,11 @@ def test_a_sealed_state_with_wrong_content_is_refused_and_kept(whole_state, run,
         run()
     assert str(state) in str(error.value) and "\n" not in str(error.value)
     assert state.read_bytes() == content
+
+
+def test_each_baseline_has_files_of_its_own_beside_it():
+    """Dots in names are no suffixes: runs of two learning rates share nothing."""
+    names = ["runs/lr0.001", "runs/lr0.002", "runs/a", "runs/a.safetensors"]
+    for of in (training_state_file, lambda path: kept_file(path, 640)):
+        assert len({of(Path(name)) for name in names} | set(map(Path, names))) == 2 * len(names)
+    assert training_state_file(Path("c/quick.safetensors")) == Path("c/quick.training.safetensors")

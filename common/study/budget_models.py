@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -251,8 +252,10 @@ def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: in
 
 def _kept_result(path: Path, metadata: dict) -> Model | None:
     """The model of an earlier finetuning, if it is there, whole and says the same of itself."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
+    if not path.is_file():
+        raise UserError(f"{path}: is not a file, and a model has to be kept there; move it away")
     try:
         model = load_model(path)
     except (UserError, OSError) as error:
