@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 import sys
 
 import numpy as np
@@ -74,6 +75,15 @@ def test_entropy_coding_below_the_smallest_says_what_can_be_reached():
     smallest = error.value.smallest
     stored = allocation.entropy_coded(weights, {"w": 1.0}, nbytes, smallest)
     assert nbytes(stored) == smallest
+
+
+def test_a_budget_error_is_the_same_in_another_process():
+    error = pickle.loads(pickle.dumps(BudgetError(12_345, {"a": "int2"})))
+    assert (error.smallest, error.formats, str(error)) == (
+        12_345,
+        {"a": "int2"},
+        "the smallest possible is 12345 bytes",
+    )
 
 
 def test_shrink_leaves_what_is_certain_and_pulls_what_is_not():

@@ -27,6 +27,9 @@ class BudgetError(ValueError):
         super().__init__(f"the smallest possible is {smallest} bytes")
         self.smallest, self.formats = smallest, formats
 
+    def __reduce__(self):  # so that it is the same in another process
+        return type(self), (self.smallest, self.formats)
+
 
 def cheapest_formats(
     distortion: dict[str, dict[str, float]], sizes: dict[str, dict[str, int]], budget: int
