@@ -81,7 +81,7 @@ def bounded_float(low: float, high: float, example: float) -> Callable[[str], fl
 
 def file_name(text: str) -> Path:
     """An argparse type: the name of a file or folder."""
-    if not text.strip() or "\0" in text:
+    if not text.strip() or set(text) & set("\0\n\r") or any("\ud800" <= character <= "\udfff" for character in text):
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of a file or folder")
     return Path(text)
 

@@ -99,6 +99,7 @@ class Row:
 _FIGURES = ("fid", "kid", "inception_score", "fid_difference", "kid_difference", "psnr")
 _SIGNED = ("kid", "fid_difference", "kid_difference", "psnr")  # the others are not negative
 _TEXTS = ("label", "strategy", "setting", "variant", "format", "timestep_weighting", "weights", "file", "image_file")
+_PATHS = ("file", "image_file")  # which may hold any character
 _COUNTS = ("draw", "updates", "digits_seen")
 _SIZES = ("size_mib", "file_mib")
 
@@ -150,7 +151,7 @@ def _settings(flat: dict) -> Settings:
 def checked(key: str, value):
     """The value of a row's field as a row holds it. Raises ValueError where it cannot be one."""
     if key in _TEXTS:
-        valid = isinstance(value, str) and value.isprintable() and (value or key == "setting")
+        valid = isinstance(value, str) and (value or key == "setting") and (value.isprintable() or key in _PATHS)
     elif key in _COUNTS:
         valid = type(value) is int and value >= 0
     elif key in _SIZES:
