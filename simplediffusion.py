@@ -8,7 +8,7 @@ python simplediffusion.py --checkpoint PACKED_FILE              # a quantized mo
 """
 
 from common.errors import run_main
-from common.options import file_name, positive_int, script_parser
+from common.options import LARGEST_SEED, file_name, positive_int, script_parser, whole_number
 
 
 def main():
@@ -22,6 +22,12 @@ def main():
         "--training-steps", type=positive_int, metavar="N", help="of the training, if any; default: the preset's"
     )
     parser.add_argument(
+        "--training-seed",
+        type=whole_number(0, LARGEST_SEED),
+        metavar="N",
+        help="of the training, if any: its first weights, digits and noise; default: 0",
+    )
+    parser.add_argument(
         "--keep-every", type=positive_int, metavar="N", help="keep the weights each N steps of the training, if any"
     )
     parser.add_argument(
@@ -31,7 +37,9 @@ def main():
 
     from common.study.pipeline import run_baseline
 
-    run_baseline(options, options.retrain, options.training_steps, options.keep_every, options.baseline)
+    changed = {"steps": options.training_steps, "seed": options.training_seed}
+    changed = {name: value for name, value in changed.items() if value is not None}
+    run_baseline(options, options.retrain, changed, options.keep_every, options.baseline)
 
 
 if __name__ == "__main__":

@@ -462,7 +462,7 @@ def test_checkpoint_that_cannot_be_written(refused, tmp_path, below):
     assert "--checkpoint" in message and str(path.parent) in message and "--out" not in message
 
 
-@pytest.mark.parametrize("option", ["--training-steps", "--keep-every"])
+@pytest.mark.parametrize("option", ["--training-steps", "--training-seed", "--keep-every"])
 def test_options_of_training_for_a_network_that_is_trained(refused, baseline, option):
     message = refused("simplediffusion", *QUICK, option, "3")
     assert f"{option} 3" in message and "quick.safetensors" in message and "--retrain" in message

@@ -165,21 +165,22 @@ def packed_file(out: Path, model: Model) -> Path:
 def run_baseline(
     options: argparse.Namespace,
     retrain: bool,
-    training_steps: int | None,
+    changed: dict[str, int],
     keep_every: int | None,
     original: Path | None,
 ) -> None:
     """What simplediffusion.py does: train where needed, then the rows of the baseline and of the uniform model; or,
-    where --checkpoint is a packed model, that model's row under those of its baseline, which `original` may name."""
+    where --checkpoint is a packed model, that model's row under those of its baseline, which `original` may name.
+    `changed`: fields of the training that are not the preset's, {"steps" or "seed": value}."""
     run = start(options)
-    if training_steps is not None:
-        run = replace(run, training=replace(run.training, steps=training_steps))
+    run = replace(run, training=replace(run.training, **changed))
     named = options.checkpoint is not None
     there = distributed.on_first(lambda: baselines.is_there(run.checkpoint))
     if not there and named and not retrain:
         baselines.load_checkpoint(run)  # raises: a file that was named is not made by guessing
     trains = retrain or not there
-    for option, value in (("--training-steps", training_steps), ("--keep-every", keep_every)):
+    given = {f"--training-{name}": value for name, value in changed.items()} | {"--keep-every": keep_every}
+    for option, value in given.items():
         if value is not None and not trains:
             raise UserError(f"{option} {value}: {run.checkpoint} is trained; give --retrain as well")
     if keep_every is not None and keep_every >= run.training.steps:
