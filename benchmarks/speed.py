@@ -206,7 +206,7 @@ def main():
     if options.json:
         if options.json.is_dir():
             raise UserError(f"--json {options.json}: is a folder; name a file")
-        require_writable("--json", options.json.parent, needed_mib=1)
+        require_writable(f"--json {options.json}", options.json.parent, needed_mib=1)
     set_up_torch()
     device = choose_device(options.device)
     timings = speed(PRESETS[options.preset], device, options.rounds)

@@ -1,6 +1,7 @@
 """What goes wrong is told in one line, and a script ends with exit code 1."""
 
 import os
+import re
 import sys
 import time
 import traceback
@@ -48,18 +49,18 @@ def run_main(main: Callable[[], None]) -> None:
 
 def describe(error: Exception) -> str:
     """The error in one line; of the system's errors the file, the reason, and what may help."""
-    if not isinstance(error, OSError) or error.strerror is None:
-        return str(error) or type(error).__name__
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror}; nothing was lost: mend that or name another file, then give the command again"
+    if isinstance(error, UserError):
+        return str(error)
+    return f"{one_line(error)}; nothing was lost: mend that or name another file, then give the command again"
 
 
 def one_line(error: Exception) -> str:
-    """What an error of another package says, in a line; of the network's and the system's the reason alone."""
+    """What an error of the system or of another package says, in a line: its file, if any, and the reason."""
     reason = getattr(error, "reason", error)  # of a URLError: often an OSError
     said = getattr(reason, "strerror", None) or str(reason).strip() or type(reason).__name__
     file = getattr(reason, "filename", None)
-    return (f"{file}: " if file else "") + said.splitlines()[-1]
+    said = re.sub(r"<urlopen error (.*)>", r"\1", said.splitlines()[-1])  # as torchvision quotes what urllib raised
+    return (f"{file}: " if file else "") + re.sub(r"\[Errno -?\d+\] ", "", said)
 
 
 def moved(command: str) -> None:

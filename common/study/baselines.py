@@ -111,7 +111,7 @@ def check_training(run: Run, named: bool) -> None:
         raise UserError(
             f"--checkpoint {path}: {state}, where its training keeps its state, is not a file; move it away"
         )
-    require_writable("--checkpoint", path.parent, needed_mib=5 * size_mib(run.preset.network, {}))
+    require_writable(f"--checkpoint {path}", path.parent, needed_mib=5 * size_mib(run.preset.network, {}))
 
 
 def train(run: Run, keep_every: int | None) -> Model:

@@ -19,7 +19,9 @@ from common.study.rows import BASELINE, REAL, Figure, Row, Settings, checked
 from common.study.run import Run
 
 PUBLISHED_BASELINE = (22.7512, 134.2)
-WORDS = {"weighting": "timestep_weighting", "published": "published"}  # of a model's metadata: field of a row
+SAID = (  # of a model's metadata, and so of its row
+    "strategy", "setting", "variant", "draw", "updates", "format", "published", "weighting",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,9 @@ def model_row(
 def said_of(model: Model) -> dict:
     """{field of a row: value} that the model's metadata say. Raises UserError for what no row can hold."""
     said = {"strategy": BASELINE, "format": "fp32"} | {
-        WORDS.get(key, key): value
+        "timestep_weighting" if key == "weighting" else key: value
         for key, value in model.metadata.items()
-        if value is not None and key in ("strategy", "setting", "variant", "draw", "updates", "format", *WORDS)
+        if value is not None and key in SAID
     }
     try:
         return {key: checked(key, value) for key, value in said.items()}

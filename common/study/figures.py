@@ -1,5 +1,7 @@
 """The figures of a results folder."""
 
+import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +15,10 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from common.choose.layers import by_layer, layer_weights
 from common.ddpm.sampling import load_images
+from common.errors import UserError
 from common.fisher import information
 from common.formats.packed import Model, load_model
+from common.runtime.files import write_atomically
 from common.study.rows import BASELINE, REAL, Figure, Row
 
 SHOWN_IMAGES = 12
@@ -23,18 +27,17 @@ GROUPS = {"layers 1-2": "12", "layers 3-6": "3456"}
 
 
 def draw_all(folder: Path, groups: list[list[Row]], only: str = "") -> list[Path]:
-    """Draws what the rows and files of `folder` allow, of the figures whose names begin with `only`; returns their
-    paths."""
-    figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
-    drawn = []
+    """Draws what the rows and files of `folder` allow, of the figures whose names begin with `only`, and writes them
+    where all could be drawn; returns their paths. Raises UserError."""
+    drawn = {}
 
     def keep(name: str, draw: Callable, *arguments) -> None:
         figure = draw(*arguments) if name.startswith(only) else None
         if figure is not None:
-            drawn.append(figures / f"{name}.png")
-            figure.savefig(drawn[-1], dpi=110, bbox_inches="tight")
+            picture = io.BytesIO()
+            figure.savefig(picture, dpi=110, bbox_inches="tight")
             plt.close(figure)
+            drawn[folder / "figures" / f"{name}.png"] = picture.getvalue()
 
     for number, rows in enumerate(groups, start=1):
         suffix = f"-{number}" if len(groups) > 1 else ""
@@ -56,7 +59,12 @@ def draw_all(folder: Path, groups: list[list[Row]], only: str = "") -> list[Path
             values = information.load(table, model.sha256)
             keep(f"fisher-tensors-{name}", draw_fisher_by_tensor, values)
             keep(f"fisher-groups-{name}", draw_fisher_by_group, values)
-    return drawn
+    for path in drawn:
+        if os.path.lexists(path) and not path.is_file():
+            raise UserError(f"{path}: is not a file, and a figure has to be written there; move it away")
+    for path, picture in drawn.items():
+        write_atomically(path, picture)
+    return list(drawn)
 
 
 def draw_samples(rows: list[Row]):

@@ -145,7 +145,7 @@ def start(options: argparse.Namespace) -> Run:
     distributed.on_first(run.results.rows)  # raises where the file is damaged
     images_mib = 2 * run.sampling.images / 1024 if run.samples else 0  # of one model, whole and in parts
     for folder in (run.out, *(run.out / name for name in ("images", "models", "reference"))):
-        require_writable("--out", folder, needed_mib=32 * size_mib(run.preset.network, {}) + images_mib)
+        require_writable(f"--out {run.out}", folder, needed_mib=32 * size_mib(run.preset.network, {}) + images_mib)
     if run.samples:
         require_memory(run.sampling.images)
     return run
@@ -159,18 +159,18 @@ def require_memory(images: int) -> None:
         raise UserError(f"--images {images}: takes {needed:,.0f} MiB of memory, {there:,.0f} are there; give fewer")
 
 
-def require_writable(option: str, folder: Path, needed_mib: float) -> None:
-    """Makes nothing. Raises UserError where files could not be made in `folder`, which need not be there yet, or where
-    the disk has too little room."""
+def require_writable(given: str, folder: Path, needed_mib: float) -> None:
+    """Makes nothing. Raises UserError, which names the option as it was `given`, where files could not be made in
+    `folder`, which need not be there yet, or where the disk has too little room."""
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         with tempfile.TemporaryFile(dir=there):
             pass
         free = shutil.disk_usage(there).free
     except OSError as error:
-        raise UserError(f"{option} {folder}: cannot be written ({error.strerror}); name another folder") from None
+        raise UserError(f"{given}: {folder} cannot be written ({error.strerror}); name another folder") from None
     if free / MIB < needed_mib:
-        raise UserError(f"{option} {folder}: {free / MIB:.0f} MiB free, {needed_mib:.0f} needed; name another folder")
+        raise UserError(f"{given}: {free / MIB:.0f} MiB free in {folder}, {needed_mib:.0f} needed; name another folder")
 
 
 def print_sizes(run: Run) -> None:

@@ -49,7 +49,7 @@ def list_images(folder: Path) -> list[Path]:
     except OSError as error:  # no permission, a loop of links
         raise UserError(f"{folder}: cannot be read ({error.strerror}); name another folder") from None
     if not paths:
-        raise UserError(f"{folder}: no images (png, jpg, bmp, gif or webp)")
+        raise UserError(f"{folder}: no images (png, jpg, bmp, gif or webp) in it; name the folder that holds them")
     return paths
 
 

@@ -51,7 +51,7 @@ def main():
     options = parser.parse_args()
     if options.out.exists() and not options.out.is_file():
         raise UserError(f"--out {options.out}: not a file; name a file")
-    require_writable("--out", options.out.parent, needed_mib=1)
+    require_writable(f"--out {options.out}", options.out.parent, needed_mib=1)
     network, accuracy = train_classifier(options.data_dir)
     sealed.save(options.out, "features", network.state_dict(), {"accuracy": accuracy})
     print(f"{accuracy:.2%} of the test digits; SHA-256 {sealed.hash_tensors(network.state_dict())}; {options.out}")
