@@ -82,6 +82,16 @@ def test_removing_spares_what_another_writes(tmp_path, monkeypatch):
     assert path.read_bytes() == b"new"
 
 
+def test_writing_clears_what_a_killed_write_left_and_spares_what_another_writes(tmp_path):
+    path = tmp_path / "rows"
+    (tmp_path / ".rows.abcdefgh").write_bytes(b"half")
+    (tmp_path / ".rows.lock").touch()
+    with (tmp_path / ".rows.ijklmnop").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        write_atomically(path, b"whole")
+        assert {p.name for p in tmp_path.iterdir()} == {"rows", ".rows.lock", ".rows.ijklmnop"}
+
+
 def test_removing_takes_names_as_they_are_written(tmp_path):
     """Brackets in a name are no pattern: only what belongs to this file goes."""
     left = {name: tmp_path / f".{name}.abcd1234" for name in ("[ab]", "a")}

@@ -25,8 +25,8 @@ _REMEDIES = {
 def write_atomically(path: str | Path, content: bytes) -> None:
     """The file is either as it was or complete: written under a temporary name, flushed to disk, renamed.
 
-    Makes the folders that are missing; the umask sets who may read the file. Raises WriteError, which names the path,
-    the reason and the remedy.
+    Deletes what earlier writes of it that were killed have left. Makes the folders that are missing; the umask sets
+    who may read the file. Raises WriteError, which names the path, the reason and the remedy.
     """
     path = Path(path)
     with _said_in_one_line(path):
@@ -44,6 +44,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+        _remove_left_behind(path)
         _flush_folder(path.parent)
 
 
@@ -54,10 +55,7 @@ def remove(path: Path) -> None:
     """
     with _said_in_one_line(path, "removed"):
         path.unlink(missing_ok=True)
-        for temporary in path.parent.glob(f".{glob.escape(path.name)}.{_TEMPORARY_END}"):
-            with contextlib.suppress(OSError), temporary.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                temporary.unlink()
+        _remove_left_behind(path)
 
 
 @contextlib.contextmanager
@@ -96,6 +94,14 @@ def _temporary(path: Path) -> tuple[int, str]:
         if os.fstat(descriptor).st_nlink:
             return descriptor, name
         os.close(descriptor)  # `remove` came between
+
+
+def _remove_left_behind(path: Path) -> None:
+    """Deletes what writes of `path` that were killed have left: temporary files that nobody holds locked."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.{_TEMPORARY_END}"):
+        with contextlib.suppress(OSError), temporary.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            temporary.unlink()
 
 
 def _flush_folder(folder: Path) -> None:
