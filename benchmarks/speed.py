@@ -35,13 +35,13 @@ from common.ddpm.noise import NoiseStreams
 from common.ddpm.samplers import sample
 from common.ddpm.schedule import Schedule, denoising_loss
 from common.ddpm.unet import UNet
-from common.errors import UserError, run_main
+from common.errors import run_main
 from common.fisher.information import fisher_information
-from common.options import Parser, positive_int
+from common.options import Parser, file_name, positive_int
 from common.presets import PRESETS, Preset, UNetConfig
 from common.runtime.device import autocast, bf16_is_faster, cast_weights, choose_device, device_name, set_up_torch
 from common.runtime.files import write_atomically
-from common.study.run import require_writable
+from common.study.run import require_writable_file
 from common.training.loop import train
 
 FID_IMAGES = 100  # in each folder
@@ -201,12 +201,10 @@ def main():
     parser.add_argument("--preset", choices=PRESETS, default="quick")
     parser.add_argument("--device", default=None, help="cpu or cuda; default: cuda where available, else cpu")
     parser.add_argument("--rounds", type=positive_int, default=5, help="that count")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the times there too")
+    parser.add_argument("--json", type=file_name, metavar="FILE", help="write the times there too")
     options = parser.parse_args()
     if options.json:
-        if options.json.is_dir():
-            raise UserError(f"--json {options.json}: is a folder; name a file")
-        require_writable(f"--json {options.json}", options.json.parent, needed_mib=1)
+        require_writable_file("--json", options.json)
     set_up_torch()
     device = choose_device(options.device)
     timings = speed(PRESETS[options.preset], device, options.rounds)

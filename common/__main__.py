@@ -25,7 +25,7 @@ def main():
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those above")
     if sys.argv[1:] and sys.argv[1].startswith("-") and sys.argv[1] not in ("-h", "--help"):
-        parser.error(f"argument COMMAND: comes first, before {sys.argv[1]}; --help lists the commands")
+        parser.error(f"argument COMMAND: comes first, before {sys.argv[1]}; choose from {', '.join(COMMANDS)}")
     options = parser.parse_args(sys.argv[1:2])
     sys.argv = [f"python -m common {options.command}", *sys.argv[2:]]  # what the command's own messages begin with
     import_module(COMMANDS[options.command][0]).main()

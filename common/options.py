@@ -34,6 +34,10 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"argument {option}: is given {given.count(option)} times; give it once")
         return super().parse_args(args, namespace)
 
+    def _print_message(self, message, file=None):
+        """As argparse does; but help that cannot be written is an error."""
+        print(message, end="", file=file or sys.stderr, flush=True)
+
     def error(self, message):
         if message.startswith("unrecognized arguments"):
             message += "; --help lists the options"

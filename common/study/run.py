@@ -173,6 +173,17 @@ def require_writable(given: str, folder: Path, needed_mib: float) -> None:
         raise UserError(f"{given}: {free / MIB:.0f} MiB free in {folder}, {needed_mib:.0f} needed; name another folder")
 
 
+def require_writable_file(option: str, path: Path) -> None:
+    """The same of a file of at most 1 MiB, which may be there."""
+    try:
+        other = path.exists() and not path.is_file()
+    except OSError as error:  # as of a name too long
+        raise UserError(f"{option} {path}: cannot be written ({error.strerror}); name another file") from None
+    if other:
+        raise UserError(f"{option} {path}: is there and not a file; name another")
+    require_writable(f"{option} {path}", path.parent, needed_mib=1)
+
+
 def print_sizes(run: Run) -> None:
     """What --dry-run shows: parameters, sizes and cost."""
     config = run.preset.network

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common.ddpm.digits import load_mnist, to_model_range
-from common.errors import UserError
 from common.metrics.features import DigitClassifier
 from common.options import Parser, file_name
 from common.runtime import sealed
 from common.runtime.device import derive_seed, set_up_torch
-from common.study.run import require_writable
+from common.study.run import require_writable_file
 
 
 def train_classifier(data_dir: Path, epochs: int = 3, seed: int = 0) -> tuple[DigitClassifier, float]:
@@ -49,9 +48,7 @@ def main():
         "--out", type=file_name, required=True, metavar="FILE", help="figures compare only where it is kept"
     )
     options = parser.parse_args()
-    if options.out.exists() and not options.out.is_file():
-        raise UserError(f"--out {options.out}: not a file; name a file")
-    require_writable(f"--out {options.out}", options.out.parent, needed_mib=1)
+    require_writable_file("--out", options.out)
     network, accuracy = train_classifier(options.data_dir)
     sealed.save(options.out, "features", network.state_dict(), {"accuracy": accuracy})
     print(f"{accuracy:.2%} of the test digits; SHA-256 {sealed.hash_tensors(network.state_dict())}; {options.out}")
