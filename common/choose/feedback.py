@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.linalg import lapack
+from scipy.linalg import blas, lapack
 from torch import nn
 from tqdm import tqdm
 
@@ -20,7 +20,6 @@ from common.fisher.gradients import SampleLoss, is_plain_convolution, visit_laye
 DAMPING = 0.01  # of the mean second moment, added to each: directions that no sample showed cost something too
 BLOCK = 64  # columns whose errors are handed on together
 CHUNK = 16  # samples
-STRIP = 256  # rows of a moment that are summed together, from the diagonal on
 
 
 @dataclass(frozen=True)
@@ -138,10 +137,8 @@ def measure_feedback(network: nn.Module, loss: SampleLoss, samples: tuple[torch.
         for i, (columns, places, patches) in enumerate(patches_of(layer, x)):
             if len(moments.setdefault(name, [])) == i:
                 moments[name].append((columns, x.new_zeros(len(columns), len(columns), dtype=torch.float32)))
-            moment = moments[name][i][1]
             rows = patches.transpose(1, 2).flatten(0, 1) * weights[:, places].reshape(-1, 1)  # (N L, K)
-            for start in range(0, len(columns), STRIP):  # from the diagonal on: a moment is symmetric
-                moment[start : start + STRIP, start:] += rows[:, start : start + STRIP].T @ rows[:, start:]
+            _add_products(moments[name][i][1], rows.float())
 
     for start in tqdm(range(0, len(samples[0]), CHUNK), desc="moments", unit="batch"):
         visit_layers(network, layers, loss, tuple(s[start : start + CHUNK] for s in samples), visit)
@@ -149,6 +146,14 @@ def measure_feedback(network: nn.Module, loss: SampleLoss, samples: tuple[torch.
     for name in tqdm(list(moments), desc="factors", unit="layer"):  # each moment goes as its factor comes
         feedback[f"{name}.weight"] = make_feedback(moments.pop(name), isinstance(layers[name], nn.ConvTranspose2d))
     return feedback
+
+
+def _add_products(moment: torch.Tensor, rows: torch.Tensor) -> None:
+    """Adds the inner products of the columns of `rows` (M, K) to the upper triangle, at least, of `moment` (K, K)."""
+    if moment.device.type == "cpu" and len(rows):  # half the work of a product, and torch has none for it
+        blas.ssyrk(1.0, rows.contiguous().numpy().T, beta=1.0, c=moment.numpy().T, lower=1, overwrite_c=1)
+    else:
+        moment.addmm_(rows.T, rows)
 
 
 def _has_patches(layer: nn.Module) -> bool:
