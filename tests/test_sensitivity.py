@@ -135,9 +135,8 @@ def test_a_format_given_twice_is_measured_once(tiny_preset, tiny_network, tmp_pa
         asked.append(fmt)
         return Increases(**LINE | {"format": fmt})
 
-    table = FisherTable(
-        list(model.state), [1, 5], *torch.ones(2, 2, len(model.state)).double(), [1, 1], {}, model.sha256, [1.0]
-    )
+    values, covariance = torch.ones(2, len(model.state)).double(), torch.ones(len(model.state), 1, 1).double()
+    table = FisherTable(list(model.state), [1, 5], values, values, covariance, [1, 1], {}, model.sha256, [1.0])
     monkeypatch.setattr("common.study.baselines.load_baseline", lambda run: model)
     monkeypatch.setattr("common.study.diffusion_fisher.fisher_table", lambda *_: table)
     monkeypatch.setattr(sensitivity, "quantize_each_alone", measured)

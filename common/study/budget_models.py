@@ -191,7 +191,7 @@ class Maker:
     def __init__(self, run: Run, baseline: Model, coding: str):
         self.run, self.baseline, self.coding = run, baseline, coding
         table = fisher_table(run, baseline)
-        shrunk = allocation.shrink(*table.estimates(run.fisher_timestep))
+        shrunk = allocation.shrink(*table.estimates(run.timestep_weighting))
         self.values = dict(zip(table.names, shrunk.tolist(), strict=True))
         self._allocator = _allocator(baseline, coding, rounding_feedback(run, baseline) if coding == "entropy" else {})
 

@@ -15,6 +15,7 @@ from common.choose.layers import by_layer, layer_weights
 from common.ddpm.sampling import load_images
 from common.fisher import information
 from common.formats.packed import Model, load_model
+from common.runtime.sealed import CheckpointError
 from common.study.rows import BASELINE, REAL, Figure, Row
 
 SHOWN_IMAGES = 12
@@ -52,10 +53,15 @@ def draw_all(folder: Path, groups: list[list[Row]], only: str = "") -> list[Path
         keep(f"weights-{name}", draw_weights, model)
         keep(f"loss-{name}", draw_loss, model)
         table = folder / f"fisher-{model.sha256[:12]}.safetensors"
-        if table.exists():
+        if not table.exists():
+            continue
+        try:
             values = information.load(table, model.sha256)
-            keep(f"fisher-tensors-{name}", draw_fisher_by_tensor, values)
-            keep(f"fisher-groups-{name}", draw_fisher_by_group, values)
+        except CheckpointError as error:  # of an earlier version, say
+            print(f"{error}; its figures are left out")
+            continue
+        keep(f"fisher-tensors-{name}", draw_fisher_by_tensor, values)
+        keep(f"fisher-groups-{name}", draw_fisher_by_group, values)
     return drawn
 
 

@@ -65,7 +65,7 @@ def run_strategy(options: argparse.Namespace, choices: list[Choice]) -> None:
 
     def build(run: Run, evaluator: Evaluator, baseline: Model) -> Iterator[Model]:
         table = fisher_table(run, baseline)
-        values = table.at(run.fisher_timestep, layer_weights(table.names))
+        values = table.at(run.timestep_weighting, layer_weights(table.names))
         return quantized(run, baseline, values)
 
     def quantized(run: Run, baseline: Model, values: dict[str, float]) -> Iterator[Model]:

@@ -93,7 +93,7 @@ def format_tensors(model, table) -> str:
     """Every tensor: shape, Fisher value at timestep 1 with its error, over the grid, format and KiB; then the total."""
     import torch
 
-    grid = table.estimates("all")[0]
+    grid = table.estimates("uniform")[0]
     lines = [f"{'tensor':34}{'shape':>18}{'Fisher t=1':>24}{'mean over t':>13}{'format':>8}{'KiB':>10}"]
     for name, tensor in model.state.items():
         i = table.names.index(name)

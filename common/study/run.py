@@ -51,11 +51,6 @@ class Run:
     dry_run: bool
 
     @property
-    def fisher_timestep(self) -> int | str:
-        """`timestep_weighting` as `FisherTable` knows it."""
-        return {"first": 1, "uniform": "all", "image": "image"}[self.timestep_weighting]
-
-    @property
     def results(self) -> ResultStore:
         return ResultStore(self.out / "results.jsonl")
 

@@ -195,7 +195,7 @@ def main():
     names = layer_weights(model.state)
     fisher = {
         which: table.at(key, names)
-        for which, key in (("timestep 1", 1), ("all timesteps", "all"), ("by weight in the image", "image"))
+        for which, key in (("timestep 1", "first"), ("all timesteps", "uniform"), ("by weight in the image", "image"))
     }
     header = {
         "preset": run.preset_name,
