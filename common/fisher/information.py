@@ -13,6 +13,7 @@ from common.fisher.gradients import SampleLoss, squared_gradients
 from common.runtime import distributed, sealed
 from common.runtime.sealed import CheckpointError
 
+WORDS = {"fisher": "Fisher", "gauss-newton": "Gauss-Newton"}  # what values of each kind are called
 NOTHING_REACHED = "the loss depends on none of these weights; train the network, or another, first"
 
 
@@ -57,7 +58,8 @@ class FisherTable:
 
     values, errors: float64 (timesteps, parameters), not normalised; covariance: float64 (parameters, T, T), that of the
     values at the T timesteps of the grid, which saw the same samples; `weights`: the hash of the weights they belong
-    to; `image_weights` (T,): how much each timestep of the grid weighs in the finished image.
+    to; `image_weights` (T,): how much each timestep of the grid weighs in the finished image; kind: "fisher", or
+    "gauss-newton" where values are those of `common.fisher.gauss_newton`.
     """
 
     names: list[str]
@@ -69,6 +71,7 @@ class FisherTable:
     settings: dict
     weights: str
     image_weights: list[float]
+    kind: str = "fisher"
 
     def estimates(self, weighting: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(parameters,) values and standard errors: at the "first" timestep, or their mean over the grid, whose
@@ -85,7 +88,7 @@ class FisherTable:
         chosen = {name: float(values[self.names.index(name)]) for name in names}
         largest = max(chosen.values())
         if not largest > 0:
-            raise UserError(f"all Fisher values are zero (timesteps: {weighting}): {NOTHING_REACHED}")
+            raise UserError(f"all {WORDS[self.kind]} values are zero (timesteps: {weighting}): {NOTHING_REACHED}")
         return {name: value / largest for name, value in chosen.items()}
 
 
@@ -96,8 +99,9 @@ def measure(
     weights: str,
     settings: dict,
     image_weights: list[float],
+    kind: str = "fisher",
 ) -> FisherTable:
-    """Fisher values at each timestep of `batches`, {timestep: samples for `loss`}; shows a progress bar.
+    """The mean squared gradient of `loss` at each timestep of `batches`, {timestep: samples}; shows a progress bar.
 
     The first stands alone; the others are the grid, and hold as many samples each: sample n of all is of one digit.
     Raises UserError where a value is not finite or all are zero.
@@ -105,25 +109,26 @@ def measure(
     names = [name for name, _ in network.named_parameters()]
     values, errors, of_grid = [], [], []
     everyone = distributed.processes()
-    with tqdm(total=sum(len(b[0]) for b in batches.values()), desc="Fisher", unit="digit") as bar:
+    with tqdm(total=sum(len(b[0]) for b in batches.values()), desc=WORDS[kind], unit="digit") as bar:
         for samples in batches.values():
             found = sample_values(network, loss, samples, on_chunk=lambda n: bar.update(n * everyone))
             mean, error = _mean_and_error(found)
             for name, finite in zip(names, (mean.isfinite() & error.isfinite()).tolist(), strict=True):
                 if not finite:
                     raise UserError(
-                        f"the Fisher value of {name} is not finite: the network's weights or its loss are too large; "
-                        "train it anew"
+                        f"the {WORDS[kind]} value of {name} is not finite: the network's weights or its loss are too "
+                        "large; train it anew"
                     )
             of_grid += [found] if values else []
             values.append(mean)
             errors.append(error)
     values, errors = torch.stack(values), torch.stack(errors)
     if not values.any():
-        raise UserError(f"all Fisher values are zero: {NOTHING_REACHED}")
+        raise UserError(f"all {WORDS[kind]} values are zero: {NOTHING_REACHED}")
     samples = [len(b[0]) for b in batches.values()]
     covariance = covariance_of_means(torch.stack(of_grid))
-    return FisherTable(names, list(batches), values, errors, covariance, samples, settings, weights, image_weights)
+    timesteps = list(batches)
+    return FisherTable(names, timesteps, values, errors, covariance, samples, settings, weights, image_weights, kind)
 
 
 def covariance_of_means(values: torch.Tensor) -> torch.Tensor:
@@ -135,26 +140,26 @@ def covariance_of_means(values: torch.Tensor) -> torch.Tensor:
 
 def save(path: Path, table: FisherTable) -> None:
     """Writes the table as a sealed file."""
-    metadata = {k: v for k, v in asdict(table).items() if k not in ("values", "errors", "covariance")}
+    metadata = {k: v for k, v in asdict(table).items() if k not in ("values", "errors", "covariance", "kind")}
     tensors = {"values": table.values, "errors": table.errors, "covariance": table.covariance}
-    sealed.save(path, "fisher", tensors, metadata)
+    sealed.save(path, table.kind, tensors, metadata)
 
 
-def load(path: Path, weights: str) -> FisherTable:
-    """Reads a table. Raises CheckpointError where it is damaged or of another version, UserError where it belongs to
-    other weights than those of hash `weights`."""
+def load(path: Path, weights: str, kind: str = "fisher") -> FisherTable:
+    """Reads a table. Raises CheckpointError where it is damaged, of another kind or version, UserError where it belongs
+    to other weights than those of hash `weights`."""
     table, cube = (torch.float64, (None, None)), (torch.float64, (None, None, None))
     lists = dict.fromkeys(("names", "timesteps", "samples", "image_weights"), list)
     tensors, metadata = sealed.require(
         path,
-        sealed.load(path, "fisher"),
+        sealed.load(path, kind),
         {"values": table, "errors": table, "covariance": cube},
         lists | {"settings": dict, "weights": str},
     )
-    table = FisherTable(**tensors, **metadata)
+    table = FisherTable(**tensors, **metadata, kind=kind)
     if table.weights != weights:
         raise UserError(
-            f"{path} holds the Fisher values of other weights ({table.weights[:12]!r}, not {weights[:12]}); "
+            f"{path} holds the {WORDS[kind]} values of other weights ({table.weights[:12]!r}, not {weights[:12]}); "
             "delete it and run again"
         )
     if fault := _fault(table):

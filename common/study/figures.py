@@ -112,11 +112,11 @@ def draw_fid_against_ratio(rows: list[Row]):
     if len(ratios) < 2:
         return None
     figure, axis = plt.subplots(figsize=(7, 4.5))
-    for fmt, weighting in dict.fromkeys((row.format, row.timestep_weighting) for row in ratios):
-        chosen = [row for row in ratios if (row.format, row.timestep_weighting) == (fmt, weighting)]
+    for fmt, weighting, word in dict.fromkeys((row.format, row.timestep_weighting, _values_of(row)) for row in ratios):
+        chosen = [r for r in ratios if (r.format, r.timestep_weighting, _values_of(r)) == (fmt, weighting, word)]
         _errorbar(
             axis, [(float(row.setting), row.fid) for row in chosen],
-            fmt="o-", label=f"Ratio ({fmt.upper()}, Fisher values: {weighting})",
+            fmt="o-", label=f"Ratio ({fmt.upper()}, {word} values: {weighting})",
         )  # fmt: skip
     _band_of_real_digits(axis, rows)
     axis.set(xlabel="ratio of each layer's weights that stays FP32", ylabel=f"FID ({rows[0].settings.metric})")
@@ -144,8 +144,14 @@ def _drawn_as(row: Row) -> str:
     """What a row is drawn as: budgets by coding, variant and the weighting of timesteps, the others by their rule."""
     if row.strategy != "Budget":
         return row.strategy
-    weighting = None if row.timestep_weighting == "image" else f"Fisher values: {row.timestep_weighting}"
+    weighting = f"{_values_of(row)} values: {row.timestep_weighting}"
+    if weighting == "Fisher values: image":  # the default
+        weighting = None
     return ", ".join(filter(None, ["Budget", row.format, row.variant, weighting]))
+
+
+def _values_of(row: Row) -> str:
+    return information.WORDS[row.curvature or "fisher"]
 
 
 def _errorbar(axis, points: list[tuple[float, Figure]], **style) -> None:

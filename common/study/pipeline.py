@@ -15,7 +15,7 @@ from common.formats.packed import Model, save_model, size_mib, tensor_shapes
 from common.presets import FORMATS
 from common.runtime import distributed
 from common.study import baselines
-from common.study.diffusion_fisher import fisher_table
+from common.study.diffusion_fisher import curvature_metadata, curvature_table, fisher_table, values_note
 from common.study.evaluate import Evaluator, baseline_row, make_evaluator, model_row, real_rows, said_of, settings_of
 from common.study.report import format_kept, format_table, format_tensors
 from common.study.rows import Row
@@ -27,7 +27,7 @@ WEIGHTING_NOTES = {"uniform": "Fisher over all timesteps", "image": "Fisher by w
 
 @dataclass(frozen=True)
 class Choice:
-    """One row of a strategy. `rule` takes the normalised Fisher values of the layers' weights, {name: value}, and
+    """One row of a strategy. `rule` takes the normalised values of the layers' weights, {name: value}, and
     returns the names to quantize; `published` is (FID, MiB) of the row published for it in FP16, if any."""
 
     strategy: str
@@ -40,7 +40,7 @@ def quantized_metadata(
     run: Run, baseline: Model, strategy: str, setting: str = "", published: tuple | None = None, **more
 ) -> dict:
     """What a quantized model says of itself; `more`: the variant and the draw of a control."""
-    note = WEIGHTING_NOTES.get(run.timestep_weighting) if setting else None
+    note = values_note(run, WEIGHTING_NOTES.get(run.timestep_weighting, "")) if setting else None
     name = " ".join(map(str, filter(None, [strategy, more.get("draw"), setting])))
     return {
         "label": f"{name} ({', '.join(filter(None, [run.fmt.upper(), note]))})",
@@ -48,7 +48,7 @@ def quantized_metadata(
         "setting": setting,
         "format": run.fmt,
         "baseline": baseline.sha256,
-        **({"weighting": run.timestep_weighting} if setting else {}),
+        **({"weighting": run.timestep_weighting} | curvature_metadata(run) if setting else {}),
         **({"published": published} if published and run.fmt == "fp16" else {}),
         **more,
     }
@@ -64,7 +64,7 @@ def run_strategy(options: argparse.Namespace, choices: list[Choice]) -> None:
     """What a strategy script does: baseline and uniform rows, then one row for each choice."""
 
     def build(run: Run, evaluator: Evaluator, baseline: Model) -> Iterator[Model]:
-        table = fisher_table(run, baseline)
+        table = curvature_table(run, baseline)
         values = table.at(run.timestep_weighting, layer_weights(table.names))
         return quantized(run, baseline, values)
 

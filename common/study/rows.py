@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from common.errors import UserError
+from common.options import CURVATURES
 from common.presets import FORMATS
 from common.runtime.files import locked, write_atomically
 
@@ -51,7 +52,8 @@ class Row:
     strategy, setting: the rule and its number; variant: what stands in its place or was done beyond it ("finetuned",
     "magnitude", ...), with `draw` or `updates` as its number. format: that of the quantized tensors ("entropy" where
     all are coded together). published: (FID, MiB) of the row published for it. formats: of each tensor; kept: the
-    weights of layers 1 to 6 that stay FP32, by layer.
+    weights of layers 1 to 6 that stay FP32, by layer. curvature: "gauss-newton" where its values decided; None where
+    Fisher values did, or nothing of the kind.
     """
 
     label: str
@@ -66,6 +68,7 @@ class Row:
     updates: int | None = None
     format: str | None = None
     timestep_weighting: str | None = None
+    curvature: str | None = None
     weights: str | None = None
     digits_seen: int | None = None
     size_mib: float | None = None
@@ -152,6 +155,8 @@ def checked(key: str, value):
     """The value of a row's field as a row holds it. Raises ValueError where it cannot be one."""
     if key in _TEXTS:
         valid = isinstance(value, str) and (value or key == "setting") and (value.isprintable() or key in _PATHS)
+    elif key == "curvature":
+        valid = value in CURVATURES
     elif key in _COUNTS:
         valid = type(value) is int and value >= 0
     elif key in _SIZES:

@@ -42,6 +42,7 @@ class Run:
     data_dir: Path
     fmt: str
     timestep_weighting: str
+    curvature: str
     device: torch.device
     sampling: Sampling
     samples: bool
@@ -96,6 +97,7 @@ def resolve(options: argparse.Namespace) -> Run:
         data_dir=options.data_dir,
         fmt=options.format,
         timestep_weighting=options.timestep_weighting,
+        curvature=options.curvature,
         device=device,
         sampling=sampling,
         samples=options.samples,
