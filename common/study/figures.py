@@ -16,6 +16,8 @@ from common.ddpm.sampling import load_images
 from common.fisher import information
 from common.formats.packed import Model, load_model
 from common.runtime.sealed import CheckpointError
+from common.study.increases import FILE
+from common.study.predictions import draw_sensitivity
 from common.study.rows import BASELINE, REAL, Figure, Row
 
 SHOWN_IMAGES = 12
@@ -27,12 +29,12 @@ def draw_all(folder: Path, groups: list[list[Row]], only: str = "") -> list[Path
     """Draws what the rows and files of `folder` allow, of the figures whose names begin with `only`; returns their
     paths."""
     figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
     drawn = []
 
     def keep(name: str, draw: Callable, *arguments) -> None:
         figure = draw(*arguments) if name.startswith(only) else None
         if figure is not None:
+            figures.mkdir(exist_ok=True)
             drawn.append(figures / f"{name}.png")
             figure.savefig(drawn[-1], dpi=110, bbox_inches="tight")
             plt.close(figure)
@@ -62,6 +64,7 @@ def draw_all(folder: Path, groups: list[list[Row]], only: str = "") -> list[Path
             continue
         keep(f"fisher-tensors-{name}", draw_fisher_by_tensor, values)
         keep(f"fisher-groups-{name}", draw_fisher_by_group, values)
+    keep("sensitivity", draw_sensitivity, folder / FILE)
     return drawn
 
 
