@@ -22,8 +22,9 @@ def fisher_information(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Per parameter: the mean over entries and samples of the squared gradient, and its standard error over samples.
 
-    This is the diagonal of the empirical Fisher information, averaged over the entries of a tensor. Values and errors
-    are those of `sample_values`.
+    This is the diagonal of the empirical Fisher information, averaged over the entries of a tensor. Times the squared
+    errors of weights it ranks tensors; it is not by how much a squared loss grows: see `common.fisher.gauss_newton`.
+    Values and errors are those of `sample_values`.
     """
     mean, error = _mean_and_error(sample_values(network, loss, samples, chunk, on_chunk))
     names = [name for name, _ in network.named_parameters()]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from common.choose.controls import nearest_format, random_order, smallest_first, within
 from common.choose.layers import layer_weights
+from common.ddpm.digits import load_digits
 from common.errors import UserError
 from common.formats.numbers import stored_bytes, stored_format
 from common.formats.packed import Model, save_model, size_mib, tensor_shapes
@@ -17,6 +18,7 @@ from common.runtime import distributed
 from common.study import baselines
 from common.study.diffusion_fisher import curvature_metadata, curvature_table, fisher_table, values_note
 from common.study.evaluate import Evaluator, baseline_row, make_evaluator, model_row, real_rows, said_of, settings_of
+from common.study.memorised import compared_with_training, format_nearest
 from common.study.report import format_kept, format_table, format_tensors
 from common.study.rows import Row
 from common.study.run import Run, start
@@ -150,7 +152,7 @@ def measure_models(
 
 def print_rows(run: Run, rows: list[Row]) -> None:
     print(format_table(rows))
-    print(format_kept(rows))
+    print(format_nearest(rows) + format_kept(rows))
     print(f"rows: {run.results.path}; packed models: {run.out / 'models'}/")
     print(f"all rows and figures: python -m common report --preset {run.preset_name} --out {run.out}")
 
@@ -203,4 +205,10 @@ def run_baseline(
         print(f"found trained: {run.checkpoint} ({model.metadata['digits_seen']:,} digits seen); --retrain trains anew")
         evaluator = make_evaluator(run)
     print(format_tensors(model, fisher_table(run, model)))
-    print_rows(run, measure_models(run, evaluator, model.sha256, model, run.checkpoint, [uniform(run, model)]))
+    rows = measure_models(run, evaluator, model.sha256, model, run.checkpoint, [uniform(run, model)])
+    if model.metadata.get("training", {}).get("data") == run.data:
+        training, held_out = (load_digits(run.data, part, run.data_dir) for part in ("train", "test"))
+        rows = compared_with_training(rows, training, held_out, run.device)
+        if distributed.rank() == 0:
+            run.results.add(rows)
+    print_rows(run, rows)

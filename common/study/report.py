@@ -12,6 +12,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.options import Parser, file_name
 from common.presets import PRESETS
+from common.study.memorised import format_nearest
 from common.study.rows import BASELINE, Figure, ResultStore, Row, group_rows
 
 COLUMNS = [
@@ -136,6 +137,8 @@ def main():
     groups = group_rows(rows)
     for group in [] if options.frontier else groups:
         print(format_markdown(group) if options.markdown else format_table(group))
+        if said := format_nearest(group):
+            print(said)
     if options.markdown:
         return
 

@@ -4,7 +4,7 @@ import json
 import math
 import stat
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from common.errors import UserError
@@ -53,7 +53,8 @@ class Row:
     "magnitude", ...), with `draw` or `updates` as its number. format: that of the quantized tensors ("entropy" where
     all are coded together). published: (FID, MiB) of the row published for it. formats: of each tensor; kept: the
     weights of layers 1 to 6 that stay FP32, by layer. curvature: "gauss-newton" where its values decided; None where
-    Fisher values did, or nothing of the kind.
+    Fisher values did, or nothing of the kind. nearest_training_digit, training_digit_excess: see
+    `common.metrics.memorised`; of the baseline and the real digits alone.
     """
 
     label: str
@@ -79,6 +80,8 @@ class Row:
     fid_difference: Figure | None = None
     kid_difference: Figure | None = None
     psnr: Figure | None = None
+    nearest_training_digit: Figure | None = None
+    training_digit_excess: Figure | None = None
     formats: dict[str, str] | None = None
     kept: dict[str, list[str]] | None = None
 
@@ -99,8 +102,11 @@ class Row:
         return flat
 
 
-_FIGURES = ("fid", "kid", "inception_score", "fid_difference", "kid_difference", "psnr")
-_SIGNED = ("kid", "fid_difference", "kid_difference", "psnr")  # the others are not negative
+_FIGURES = (
+    "fid", "kid", "inception_score", "fid_difference", "kid_difference", "psnr",
+    "nearest_training_digit", "training_digit_excess",
+)  # fmt: skip
+_SIGNED = ("kid", "fid_difference", "kid_difference", "psnr", "training_digit_excess")  # the others are not negative
 _TEXTS = ("label", "strategy", "setting", "variant", "format", "timestep_weighting", "weights", "file", "image_file")
 _PATHS = ("file", "image_file")  # which may hold any character
 _COUNTS = ("draw", "updates", "digits_seen")
@@ -216,9 +222,16 @@ class ResultStore:
         return rows
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Adds rows; those of the same identity are replaced where they stand."""
+        """Adds rows; those of the same identity are replaced where they stand. What is known of copies of training
+        digits stays, since not every command measures it."""
         with locked(self.path):
-            kept = {row.identity: row for row in self.rows()} | {row.identity: row for row in rows}
+            kept = {row.identity: row for row in self.rows()}
+            for row in rows:
+                known = kept.get(row.identity)
+                if known is not None and row.nearest_training_digit is None:
+                    figures = known.nearest_training_digit, known.training_digit_excess
+                    row = replace(row, nearest_training_digit=figures[0], training_digit_excess=figures[1])
+                kept[row.identity] = row
             lines = [json.dumps(row.to_json(), sort_keys=True, allow_nan=False) + "\n" for row in kept.values()]
             write_atomically(self.path, "".join(lines).encode())
 
