@@ -1,5 +1,7 @@
 """Gauss-Newton values against closed forms, explicit Jacobians and increases of the loss that were measured."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,8 @@ from common.formats.packed import full_precision
 from common.options import strategy_parser
 from common.runtime.sealed import CheckpointError
 from common.study import diffusion_fisher
+from common.study.budget_models import budget_metadata
+from common.study.pipeline import quantized_metadata
 from common.study.run import start
 
 
@@ -114,6 +118,25 @@ def test_table_is_that_of_the_networks_output(run_and_model, tiny_network):
     expected = float(signs.flatten(1).sum(1).square().mean() / 1024)
     assert tiny_network(Schedule().add_noise(x0, t, noise), t).shape == noise.shape
     assert float(table.values[1, table.names.index("output_conv.bias")]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_labels_and_metadata_name_them(run_and_model):
+    run, model = run_and_model
+    for weighting, rule, budget in (
+        ("first", "Gauss-Newton", "Gauss-Newton timestep 1"),
+        ("uniform", "Gauss-Newton over all timesteps", "Gauss-Newton timestep all"),
+        ("image", "Gauss-Newton by weight in the image", "Gauss-Newton"),
+    ):
+        other = replace(run, timestep_weighting=weighting)
+        said = quantized_metadata(other, model, "Ratio", "0.25"), budget_metadata(other, model, "entropy", "10x")
+        assert [about["label"] for about in said] == [f"Ratio 0.25 (FP16, {rule})", f"Budget 10x (entropy, {budget})"]
+        assert all(about["curvature"] == "gauss-newton" for about in said)
+    assert "curvature" not in quantized_metadata(run, model, "Uniform")
+    fisher = replace(run, curvature="fisher", timestep_weighting="image")
+    said = quantized_metadata(fisher, model, "Ratio", "0.25"), budget_metadata(fisher, model, "entropy", "10x")
+    labels = ["Ratio 0.25 (FP16, Fisher by weight in the image)", "Budget 10x (entropy)"]
+    assert [about["label"] for about in said] == labels
+    assert not any("curvature" in about for about in said)
 
 
 def test_tables_of_both_kinds_have_files_of_their_own(run_and_model, monkeypatch):
