@@ -79,8 +79,9 @@ class FisherTable:
         timesteps weigh alike ("uniform") or by `image_weights` ("image")."""
         if weighting == "first":
             return self.values[0], self.errors[0]
-        weights = torch.ones(len(self.values) - 1) if weighting == "uniform" else torch.tensor(self.image_weights)
-        weights = weights.double() / weights.sum()
+        weights = {"uniform": [1.0] * len(self.image_weights), "image": self.image_weights}[weighting]
+        weights = torch.tensor(weights, dtype=torch.float64)
+        weights /= weights.sum()
         return weights @ self.values[1:], (self.covariance @ weights @ weights).clamp(min=0).sqrt()
 
     def at(self, weighting: str, names: list[str]) -> dict[str, float]:

@@ -46,7 +46,8 @@ def excess_of_training(indices: np.ndarray, training: int, total: int) -> tuple[
     exceeds training / total, what it is on average where the generator does not know one from another; and the standard
     error that it then has, over which digits are the training's.
 
-    One digit is the nearest of many images, so their number counts and not that of the images alone.
+    One digit may be the nearest of many images, so digits are counted and not images alone. Training and held-out
+    digits are taken for random parts of one set; the parts of MNIST itself are of different writers.
     """
     share = training / total
     of_digit = np.bincount(indices, minlength=total)  # (M,), images that it is the nearest of

@@ -81,10 +81,10 @@ def format_correlations(measured: list[Increases]) -> str:
                 np.array(of(m)[which]) * m.squared_error
             )
     predictors["squared error alone"] = lambda m: np.array(m.squared_error)
-    lines = [f"{'rank correlation with the increase of the loss':52}" + "".join(f"{m.format:>16}" for m in measured)]
+    lines = [f"{'rank correlation with the increase of the loss':58}" + "".join(f"{m.format:>16}" for m in measured)]
     for label, predictor in predictors.items():
         cells = ["{:.2f} ± {:.2f}".format(*rank_correlation(predictor(m), np.array(m.mean))) for m in measured]
-        lines.append(f"{label:52}" + "".join(f"{cell:>16}" for cell in cells))
+        lines.append(f"{label:58}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)
 
 
