@@ -77,7 +77,7 @@ def test_rows_of_the_baseline_and_of_real_digits_say_it(tmp_path):
     assert baseline.training_digit_excess.value == pytest.approx(0.2)
     said = format_nearest([real, baseline, same])
     assert f"generated 0.00 ± 0.00, held-out {real.nearest_training_digit.text(2)}." in said
-    assert "share of all: 20.0 ± " in said
+    assert "by 20.0 ± " in said
     assert format_nearest([real, same]) == "" and "held-out 1" not in format_nearest([baseline])
     assert row_from_json(baseline.to_json()) == baseline and row_from_json(real.to_json()) == real
 

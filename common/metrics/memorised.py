@@ -2,9 +2,10 @@
 
 A copy lies at distance 0. Distances of held-out digits show what is usual for digits that were never seen. That
 generated digits lie nearer than held-out ones is no sign of copying by itself: images that are smoother, or nearer to
-the middle of their class, than real digits lie nearer to every digit, seen or not. So the question is whether seen
-digits are nearer than unseen ones (Meehan et al. 2020, "A non-parametric test to detect data-copying in generative
-models", by the nearest digit alone).
+the middle of their class, than real digits lie nearer to every digit, seen or not. So the second question is whether
+seen digits are nearer than unseen ones (Meehan et al. 2020, "A non-parametric test to detect data-copying in generative
+models", by the nearest digit alone). Where they are, the generator has learned something of these digits that does not
+hold for others; how near it comes to them, the distances say.
 """
 
 import numpy as np

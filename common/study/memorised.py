@@ -38,12 +38,13 @@ def format_nearest(rows: list[Row]) -> str:
     if REAL in said:
         medians.append(f"held-out {said[REAL].nearest_training_digit.text(2)}")
     lines = [
-        f"\nMedian distance to the nearest training digit: {', '.join(medians)}. A copy would be at 0. Digits that are "
-        "smoother or more typical than real ones are nearer than held-out ones without being copies."
+        f"\nMedian distance to the nearest training digit: {', '.join(medians)}. A copy would be at 0. Being nearer "
+        "than held-out digits is no proof of copying: smooth or typical digits are nearer to all others, seen or not."
     ]
     if excess := said[BASELINE].training_digit_excess:
         lines.append(
-            "Share of generated digits whose nearest digit is a training one, not a held-out one, less the training "
-            f"digits' share of all: {excess.text(1, 100)} percentage points. Copying would exceed two errors."
+            "Of training and held-out digits together, the nearest to a generated one is a training digit more often "
+            f"than their numbers say, by {excess.text(1, 100)} percentage points. More than two errors: the network "
+            "leans towards the digits that it was trained on, whether it copies them or not."
         )
     return "\n".join(lines)
