@@ -1,14 +1,15 @@
-"""The smallest loss at a given size: Fisher information decides how coarsely each tensor is stored.
+"""The least Fisher-weighted error at a given size: Fisher information decides how coarsely each tensor is stored.
 
     python layer_budget.py --times 10 13 16             # files 10, 13 and 16 times smaller than the FP32 tensors
     python layer_budget.py --times auto                 # the smallest whose FID is within one standard error of FP32's
     python layer_budget.py --times 16 --finetune 1000   # and a row whose codes were trained for 1000 updates
     python layer_budget.py --size 0.8 --coding fixed    # a width for each tensor, a file of at most 0.8 MiB
 
-An error dw of a weight costs F dw^2. --coding entropy rounds each tensor to multiples of a step proportional to
-1 / sqrt(F), each error made good by the neighbours that are rounded later, and entropy-codes the result; --coding fixed
-chooses for each tensor one of fp32, fp16 and int8 to int2, the best choice there is under the size. The file counts,
-with all that is in it.
+An error dw of a weight counts F dw^2, with F the Fisher information of its tensor. That ranks tensors; it is not the
+increase of the loss, which the values of --curvature gauss-newton predict. --coding entropy rounds each tensor to
+multiples of a step proportional to 1 / sqrt(F), each error made good by the neighbours that are rounded later, and
+entropy-codes the result; --coding fixed chooses for each tensor one of fp32, fp16 and int8 to int2, the best choice
+there is under the size. The file counts, with all that is in it.
 """
 
 from common.errors import run_main

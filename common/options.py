@@ -11,6 +11,7 @@ from common.presets import FORMATS, PRESETS
 
 MOST_IMAGES = 10_000_000
 LARGEST_SEED = 2**64 - 1  # keys of the noise are of 64 bits
+CURVATURES = ("fisher", "gauss-newton")  # the loss's mean squared gradient, or the curvature of its squared error
 # How Fisher values are averaged over timesteps: those of timestep 1 alone, all alike, or by what an error of the
 # predicted noise does to the finished image.
 TIMESTEP_WEIGHTINGS = ("first", "uniform", "image")
@@ -116,7 +117,7 @@ def script_parser(description: str, *, formats: bool = False, fisher: bool = Fal
         metavar="N",
         help="of the sampling: the noise of image i depends on (seed, i) alone",
     )
-    parser.set_defaults(format="fp16", timestep_weighting="first")
+    parser.set_defaults(format="fp16", timestep_weighting="first", curvature="fisher")
     if formats or fisher:
         _add_quantization(parser.add_argument_group("quantization"), formats, fisher)
     parser.set_defaults(
@@ -183,6 +184,13 @@ def _add_sampling(group) -> None:
 def strategy_parser(description: str, *, formats: bool = True) -> Parser:
     """`script_parser`, and what the scripts of the rules share."""
     parser = script_parser(description, formats=formats, fisher=True)
+    parser.add_argument(
+        "--curvature",
+        choices=CURVATURES,
+        default="fisher",
+        help="the values that decide: mean squared gradients of the loss, or by how much an error dw of a weight "
+        "raises the loss, in units of dw^2",
+    )
     parser.add_argument(
         "--controls",
         type=whole_number(1, 1000),

@@ -200,7 +200,7 @@ def numbers() -> Iterator[Case]:
 def choices() -> Iterator[Case]:
     options = {
         "--preset": ("huge", "", "Quick"), "--data": ("cifar", ""), "--format": ("int1", "fp32", "INT8", ""),
-        "--timestep-weighting": ("2", "", "all"), "--fisher-timestep": ("2", ""),
+        "--timestep-weighting": ("2", "", "all"), "--fisher-timestep": ("2", ""), "--curvature": ("hessian", ""),
         "--sampler": ("euler", ""), "--precision": ("fp8", ""),
         "--metric": ("clip", ""),
     }  # fmt: skip

@@ -160,7 +160,7 @@ def table(tiny_config):
     names = list(tensor_shapes(tiny_config))
     values = torch.arange(1, 3 * len(names) + 1, dtype=torch.float64).view(3, -1)
     timesteps = [500, 1, 1000]
-    return FisherTable(names, timesteps, values, values / 10, [1] * 3, {}, "b" * 64, [])
+    return FisherTable(names, timesteps, values, values / 10, torch.empty(0), [1] * 3, {}, "b" * 64, [])
 
 
 def columns_of(table, layers):

@@ -24,7 +24,9 @@ ROW = Row(
 def test_what_is_written_is_read_back():
     flat = json.loads(json.dumps(ROW.to_json()))
     assert (flat["fid"], flat["fid_error"], flat["images"], flat["published"]) == (0.5, 0.1, 500, [None, 71.48])
-    assert "updates" not in flat and row_from_json(flat) == ROW
+    assert "updates" not in flat and "curvature" not in flat and row_from_json(flat) == ROW
+    other = replace(ROW, curvature="gauss-newton")
+    assert row_from_json(other.to_json()) == other
 
 
 @pytest.mark.parametrize(
@@ -34,7 +36,7 @@ def test_what_is_written_is_read_back():
         ("fid_error", None), ("size_mib", 0), ("size_mib", "1"), ("file_mib", -1), ("label", 7), ("label", ""),
         ("label", "two\nlines"), ("images", "500"), ("images", -1), ("baseline", 7), ("published", [1]), ("draw", 1.5),
         ("kept", {"layer1": "all"}), ("formats", []), ("formats", {"a": "fp99"}), ("formats", {"a": []}),
-        ("unknown", 1),
+        ("curvature", "hessian"), ("curvature", 1), ("nearest_training_digit", -1.0), ("unknown", 1),
     ],
 )  # fmt: skip
 def test_what_no_row_can_hold_is_refused(key, value):

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from common.choose.layers import layer_weights
+from common.choose.rules import below_top_ratio
 from common.ddpm.sampling import load_images
 from common.errors import UserError
+from common.fisher import information
 from common.formats.packed import load_model
 from common.metrics.scores import psnr
 from common.study import evaluate, report
@@ -113,6 +115,8 @@ def test_baseline_is_trained_and_then_found(call, real, tmp_path):
     again = call("simplediffusion")
     assert "found trained" in again and "training in" not in again
     assert table_of(again) == table
+    for text in (printed, again):
+        assert "Median distance to the nearest training digit: generated " in text and "percentage points" in text
     assert checkpoint.read_bytes() == content and Path("results/quick/results.jsonl").read_bytes() == table_file
 
 
@@ -216,7 +220,8 @@ def test_sensitivity_tables_are_rebuilt_by_the_report(call, trained, monkeypatch
     printed = call("common.study.sensitivity", "--digits", "4", "--formats", "int4", "int2")
     monkeypatch.setattr(sys, "argv", ["report", "--preset", "quick", "--sensitivity"])
     report.main()
-    tables = capsys.readouterr().out.rstrip()
+    tables, figure = capsys.readouterr().out.rstrip().rsplit("\n", 1)
+    assert Path(figure) == Path("results/quick/figures/sensitivity.png") and Path(figure).is_file()
     assert "4 held-out digits of mnist5k" in tables and tables in printed
     assert all(f"\nlayer{i} " in tables for i in range(1, 7)) and "squared error alone" in tables
 
@@ -346,6 +351,23 @@ def test_batch_size_moves_no_figure(call, trained):
             assert abs(one[key] - other[key]) <= 0.1 * one[f"{key}_error"], (label, key)
 
 
+def test_gauss_newton_values_decide_where_they_are_asked_for(call, trained):
+    printed = call("layer_ratio", "--ratio", "0.25", "--curvature", "gauss-newton", "--steps", "1")
+    label = "Ratio 0.25 (FP16, Gauss-Newton)"
+    assert list(table_of(printed))[-1] == label and row_of(label)["curvature"] == "gauss-newton"
+    packed = load_model(Path(row_of(label)["file"]))
+    assert packed.metadata["curvature"] == "gauss-newton"
+    kept = {name for name in layer_weights(packed.state) if packed.formats[name] == "fp32"}
+    (path,) = Path("results/quick").glob("gauss-newton-*.safetensors")
+    values = information.load(path, packed.metadata["baseline"], "gauss-newton").at(
+        "first", layer_weights(packed.state)
+    )
+    assert kept == set(values) - below_top_ratio(values, 0.25)
+    call("layer_ratio", "--ratio", "0.25", "--curvature", "fisher", "--steps", "1")
+    assert "curvature" not in row_of("Ratio 0.25 (FP16)")
+    assert "curvature" not in load_model(Path(row_of("Ratio 0.25 (FP16)")["file"])).metadata
+
+
 def test_precision_and_fisher_of_all_timesteps_are_said(call, trained):
     """bfloat16 rounds to 8 bits: its images are near those of FP32, and not the same."""
     printed = call("whole_threshold", "--threshold", "0.1", "--precision", "bf16", "--timestep-weighting", "uniform")
@@ -383,6 +405,7 @@ def test_report_prints_and_draws_everything(call, trained, real, monkeypatch, ca
         assert_printed(line, row_of(label))
     assert "22.75, 134.20" in table["Baseline (FP32)"]  # the published row stands beside
     assert "22.42, 102.26" in table["Ratio 0.25 (FP16)"]
+    assert "Median distance to the nearest training digit: generated " in printed
     names = ["samples", "fid-size", "fid-ratio"]
     names += [f"{name}-quick" for name in ("weights", "loss", "fisher-tensors", "fisher-groups")]
     expected = {f"{name}.png" for name in names}

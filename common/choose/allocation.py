@@ -1,7 +1,9 @@
 """Formats and steps that fit a size: the smallest Fisher-weighted squared error at a given number of bytes.
 
-To second order the loss of storing w + dw in place of w is half the sum of F dw^2, with F the Fisher information of
-each entry (LeCun et al. 1990, "Optimal Brain Damage", eq. 4, with the empirical Fisher for the Hessian).
+What is minimised is the sum of F dw^2 over all entries, with dw the error of storing one: half of it, with the diagonal
+of the Hessian for F, is LeCun et al. 1990, "Optimal Brain Damage", eq. 4. The empirical Fisher information is not the
+Hessian of a mean of squared errors: F dw^2 ranks tensors, and is not the increase of the loss. With Gauss-Newton values
+for F the sum is about that increase (common.fisher.gauss_newton). A factor common to all F changes no choice.
 """
 
 import math

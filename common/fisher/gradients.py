@@ -54,6 +54,8 @@ def _fits_first_sample(values, network, loss, samples) -> bool:
     expected = torch.stack([first.detach() * 0 if g is None else g.square().mean() for g in gradients])
     if any(values[name].shape != (len(samples[0]),) for name in parameters):
         return False
+    if not expected.isfinite().all():
+        return False
     measured = torch.stack([values[name][0] for name in parameters])
     # Gradients that cancel but for rounding differ between any two ways; they are nothing beside the largest.
     return torch.allclose(measured, expected, rtol=1e-2, atol=1e-12 * float(expected.max()))

@@ -24,7 +24,13 @@ from common.formats.packed import MIB, Model, file_bytes, load_model, save_model
 from common.options import number
 from common.runtime import distributed
 from common.runtime.files import remove
-from common.study.diffusion_fisher import fisher_table, rounding_feedback, training_digits
+from common.study.diffusion_fisher import (
+    curvature_metadata,
+    curvature_table,
+    rounding_feedback,
+    training_digits,
+    values_note,
+)  # fmt: skip
 from common.study.evaluate import Evaluator
 from common.study.run import Run, training_precision
 from common.training.finetune import finetune, sampler_of_digits, state_key
@@ -115,15 +121,17 @@ def budget_metadata(run: Run, baseline: Model, coding: str, size: str, variant: 
     (draw or updates). Every byte counts, so nothing is said that the baseline's own file says."""
     words = {"finetuned": f"{more.get('updates')} updates", "random": f"random {more.get('draw')}"}
     setting = ", ".join(filter(None, [size, words.get(variant, variant)]))
-    former = {"first": ", Fisher timestep 1", "uniform": ", Fisher timestep all", "image": ""}[run.timestep_weighting]
+    former = {"first": "Fisher timestep 1", "uniform": "Fisher timestep all", "image": ""}[run.timestep_weighting]
+    coded = ", ".join(filter(None, [coding, values_note(run, former)]))
     kept = {key: value for key, value in baseline.metadata.items() if key not in ("loss_curve", "precision")}
     return kept | {
-        "label": f"Budget {setting} ({coding}{former})",
+        "label": f"Budget {setting} ({coded})",
         "strategy": "Budget",
         "setting": setting,
         **({"variant": variant} if variant else {}),
         "format": coding,
         "weighting": run.timestep_weighting,
+        **curvature_metadata(run),
         "baseline": baseline.sha256,
         **more,
     }
@@ -186,12 +194,12 @@ def _build_by_search(maker: "Maker", evaluator: Evaluator, updates: int | None, 
 
 
 class Maker:
-    """Fits models of one baseline by its Fisher values, {tensor: value}, which it measures."""
+    """Fits models of one baseline by its Fisher values, or those of --curvature, {tensor: value}, which it measures."""
 
     def __init__(self, run: Run, baseline: Model, coding: str):
         self.run, self.baseline, self.coding = run, baseline, coding
-        table = fisher_table(run, baseline)
-        shrunk = allocation.shrink(*table.estimates(run.fisher_timestep))
+        table = curvature_table(run, baseline)
+        shrunk = allocation.shrink(*table.estimates(run.timestep_weighting))
         self.values = dict(zip(table.names, shrunk.tolist(), strict=True))
         self._allocator = _allocator(baseline, coding, rounding_feedback(run, baseline) if coding == "entropy" else {})
 

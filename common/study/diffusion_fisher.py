@@ -1,5 +1,6 @@
-"""Fisher information, and what rounding by feedback needs, of the diffusion loss on real digits."""
+"""Fisher and Gauss-Newton values, and what rounding by feedback needs, of the diffusion loss on real digits."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from common.ddpm.digits import load_digits, to_model_range
 from common.ddpm.noise import NoiseStreams
 from common.ddpm.schedule import Schedule, denoising_loss
 from common.fisher import information
+from common.fisher.gauss_newton import random_signs, signed_sum
 from common.fisher.gradients import SampleLoss
 from common.formats.packed import Model
 from common.runtime import distributed
@@ -20,11 +22,55 @@ FISHER_GRID = 20  # timesteps, at the centres of equal parts of 0..T-1
 FISHER_SEED = 0
 
 
+def curvature_table(run: Run, model: Model) -> information.FisherTable:
+    """The values that decide: those that --curvature names."""
+    return gauss_newton_table(run, model) if run.curvature == "gauss-newton" else fisher_table(run, model)
+
+
+def curvature_metadata(run: Run) -> dict[str, str]:
+    """--curvature, where it is not the default: files and rows of Fisher values do not name it."""
+    return {} if run.curvature == "fisher" else {"curvature": run.curvature}
+
+
+def values_note(run: Run, note: str) -> str:
+    """What a label says of the values that decide: `note`, which speaks of Fisher values or is empty, or the same of
+    Gauss-Newton values."""
+    return note if run.curvature == "fisher" else (note or "Fisher").replace("Fisher", "Gauss-Newton")
+
+
 def fisher_table(run: Run, model: Model) -> information.FisherTable:
     """Fisher values of the baseline at timestep 1 and on a grid; measured where no file fits the weights.
 
     Raises UserError where the file belongs to other weights, or the values are not finite or all zero.
     """
+    return _table(run, model, "fisher", diffusion_loss, lambda samples, timestep: samples)
+
+
+def gauss_newton_table(run: Run, model: Model) -> information.FisherTable:
+    """Gauss-Newton values of the baseline at the same timesteps and digits, in a file of their own.
+
+    A value times the sum of the squared errors of a tensor's entries is the predicted increase of the loss of
+    `denoising_loss`, the mean squared error over the pixels, at that timestep. Raises UserError as `fisher_table` does.
+    """
+
+    def loss(schedule: Schedule) -> SampleLoss:
+        return signed_sum(lambda call, x0, t, noise: call(schedule.add_noise(x0, t, noise), t))
+
+    def with_signs(samples: tuple[torch.Tensor, ...], timestep: int) -> tuple[torch.Tensor, ...]:
+        noise = samples[-1]
+        return *samples, random_signs(noise.shape, derive_seed(FISHER_SEED, "signs", timestep)).to(noise.device)
+
+    return _table(run, model, "gauss-newton", loss, with_signs)
+
+
+def _table(
+    run: Run,
+    model: Model,
+    kind: str,
+    loss: Callable[[Schedule], SampleLoss],
+    prepare: Callable[[tuple[torch.Tensor, ...], int], tuple[torch.Tensor, ...]],
+) -> information.FisherTable:
+    """prepare(samples, timestep): what the loss takes of what `noised` gives."""
     schedule, preset = Schedule(model.config.timesteps, run.device), run.preset
     grid = [int((i + 0.5) * schedule.timesteps / FISHER_GRID) for i in range(FISHER_GRID)]
     settings = {
@@ -34,35 +80,33 @@ def fisher_table(run: Run, model: Model) -> information.FisherTable:
         "grid": grid,
     }
     weights = model.sha256
-    path = run.out / f"fisher-{weights[:12]}.safetensors"
-    kept = distributed.on_first(lambda: _kept_table(path, model, settings))
+    path = run.out / f"{kind}-{weights[:12]}.safetensors"
+    kept = distributed.on_first(lambda: _kept_table(path, model, settings, kind))
     if kept is not None:
         return kept
     digits = load_digits(run.data, "train", run.data_dir)
-    batches = {1: noised(run, digits, [1] * preset.fisher_digits)} | {
-        t: noised(run, digits, [t] * preset.fisher_grid_digits) for t in grid
-    }
+    counts = {1: preset.fisher_digits} | dict.fromkeys(grid, preset.fisher_grid_digits)
+    batches = {t: prepare(noised(run, digits, [t] * count), t) for t, count in counts.items()}
     network = model.network().to(run.device)
-    table = information.measure(
-        network, diffusion_loss(schedule), batches, weights, settings, schedule.image_weights(grid)
-    )
+    table = information.measure(network, loss(schedule), batches, weights, settings, schedule.image_weights(grid), kind)
     if distributed.rank() == 0:
         information.save(path, table)
     return table
 
 
-def _kept_table(path: Path, model: Model, settings: dict) -> information.FisherTable | None:
+def _kept_table(path: Path, model: Model, settings: dict, kind: str) -> information.FisherTable | None:
     """What the file holds; None, said in one line, where it has to be made anew."""
     if not path.exists():
         return None
+    word = information.WORDS[kind]
     try:
-        table = information.load(path, model.sha256)
+        table = information.load(path, model.sha256, kind)
     except CheckpointError as error:
-        print(f"{error}; Fisher values are measured anew")
+        print(f"{error}; {word} values are measured anew")
         return None
     if (table.settings, table.timesteps, table.names) == (settings, [1, *settings["grid"]], list(model.state)):
         return table
-    print(f"{path} holds Fisher values of other settings; they are measured anew")
+    print(f"{path} holds {word} values of other settings; they are measured anew")
     return None
 
 

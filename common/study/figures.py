@@ -19,6 +19,9 @@ from common.errors import UserError
 from common.fisher import information
 from common.formats.packed import Model, load_model
 from common.runtime.files import write_atomically
+from common.runtime.sealed import CheckpointError
+from common.study.increases import FILE
+from common.study.predictions import draw_sensitivity
 from common.study.rows import BASELINE, REAL, Figure, Row
 
 SHOWN_IMAGES = 12
@@ -55,10 +58,16 @@ def draw_all(folder: Path, groups: list[list[Row]], only: str = "") -> list[Path
         keep(f"weights-{name}", draw_weights, model)
         keep(f"loss-{name}", draw_loss, model)
         table = folder / f"fisher-{model.sha256[:12]}.safetensors"
-        if table.exists():
+        if not table.exists():
+            continue
+        try:
             values = information.load(table, model.sha256)
-            keep(f"fisher-tensors-{name}", draw_fisher_by_tensor, values)
-            keep(f"fisher-groups-{name}", draw_fisher_by_group, values)
+        except CheckpointError as error:  # of an earlier version, say
+            print(f"{error}; its figures are left out")
+            continue
+        keep(f"fisher-tensors-{name}", draw_fisher_by_tensor, values)
+        keep(f"fisher-groups-{name}", draw_fisher_by_group, values)
+    keep("sensitivity", draw_sensitivity, folder / FILE)
     for path in drawn:
         if os.path.lexists(path) and not path.is_file():
             raise UserError(f"{path}: is not a file, and a figure has to be written there; move it away")
@@ -114,11 +123,11 @@ def draw_fid_against_ratio(rows: list[Row]):
     if len(ratios) < 2:
         return None
     figure, axis = plt.subplots(figsize=(7, 4.5))
-    for fmt, weighting in dict.fromkeys((row.format, row.timestep_weighting) for row in ratios):
-        chosen = [row for row in ratios if (row.format, row.timestep_weighting) == (fmt, weighting)]
+    for fmt, weighting, word in dict.fromkeys((row.format, row.timestep_weighting, _values_of(row)) for row in ratios):
+        chosen = [r for r in ratios if (r.format, r.timestep_weighting, _values_of(r)) == (fmt, weighting, word)]
         _errorbar(
             axis, [(float(row.setting), row.fid) for row in chosen],
-            fmt="o-", label=f"Ratio ({fmt.upper()}, Fisher values: {weighting})",
+            fmt="o-", label=f"Ratio ({fmt.upper()}, {word} values: {weighting})",
         )  # fmt: skip
     _band_of_real_digits(axis, rows)
     axis.set(xlabel="ratio of each layer's weights that stays FP32", ylabel=f"FID ({rows[0].settings.metric})")
@@ -146,8 +155,14 @@ def _drawn_as(row: Row) -> str:
     """What a row is drawn as: budgets by coding, variant and the weighting of timesteps, the others by their rule."""
     if row.strategy != "Budget":
         return row.strategy
-    weighting = None if row.timestep_weighting == "image" else f"Fisher values: {row.timestep_weighting}"
+    weighting = f"{_values_of(row)} values: {row.timestep_weighting}"
+    if weighting == "Fisher values: image":  # the default
+        weighting = None
     return ", ".join(filter(None, ["Budget", row.format, row.variant, weighting]))
+
+
+def _values_of(row: Row) -> str:
+    return information.WORDS[row.curvature or "fisher"]
 
 
 def _errorbar(axis, points: list[tuple[float, Figure]], **style) -> None:

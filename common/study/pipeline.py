@@ -9,14 +9,16 @@ from pathlib import Path
 
 from common.choose.controls import nearest_format, random_order, smallest_first, within
 from common.choose.layers import layer_weights
+from common.ddpm.digits import load_digits
 from common.errors import UserError
 from common.formats.numbers import stored_bytes, stored_format
 from common.formats.packed import Model, save_model, size_mib, tensor_shapes
 from common.presets import FORMATS
 from common.runtime import distributed
 from common.study import baselines
-from common.study.diffusion_fisher import fisher_table
+from common.study.diffusion_fisher import curvature_metadata, curvature_table, fisher_table, values_note
 from common.study.evaluate import Evaluator, baseline_row, make_evaluator, model_row, real_rows, said_of, settings_of
+from common.study.memorised import compared_with_training, format_nearest
 from common.study.report import format_kept, format_table, format_tensors
 from common.study.rows import Row
 from common.study.run import Run, start
@@ -27,7 +29,7 @@ WEIGHTING_NOTES = {"uniform": "Fisher over all timesteps", "image": "Fisher by w
 
 @dataclass(frozen=True)
 class Choice:
-    """One row of a strategy. `rule` takes the normalised Fisher values of the layers' weights, {name: value}, and
+    """One row of a strategy. `rule` takes the normalised values of the layers' weights, {name: value}, and
     returns the names to quantize; `published` is (FID, MiB) of the row published for it in FP16, if any."""
 
     strategy: str
@@ -40,7 +42,7 @@ def quantized_metadata(
     run: Run, baseline: Model, strategy: str, setting: str = "", published: tuple | None = None, **more
 ) -> dict:
     """What a quantized model says of itself; `more`: the variant and the draw of a control."""
-    note = WEIGHTING_NOTES.get(run.timestep_weighting) if setting else None
+    note = values_note(run, WEIGHTING_NOTES.get(run.timestep_weighting, "")) if setting else None
     name = " ".join(map(str, filter(None, [strategy, more.get("draw"), setting])))
     return {
         "label": f"{name} ({', '.join(filter(None, [run.fmt.upper(), note]))})",
@@ -48,7 +50,7 @@ def quantized_metadata(
         "setting": setting,
         "format": run.fmt,
         "baseline": baseline.sha256,
-        **({"weighting": run.timestep_weighting} if setting else {}),
+        **({"weighting": run.timestep_weighting} | curvature_metadata(run) if setting else {}),
         **({"published": published} if published and run.fmt == "fp16" else {}),
         **more,
     }
@@ -64,8 +66,8 @@ def run_strategy(options: argparse.Namespace, choices: list[Choice]) -> None:
     """What a strategy script does: baseline and uniform rows, then one row for each choice."""
 
     def build(run: Run, evaluator: Evaluator, baseline: Model) -> Iterator[Model]:
-        table = fisher_table(run, baseline)
-        values = table.at(run.fisher_timestep, layer_weights(table.names))
+        table = curvature_table(run, baseline)
+        values = table.at(run.timestep_weighting, layer_weights(table.names))
         return quantized(run, baseline, values)
 
     def quantized(run: Run, baseline: Model, values: dict[str, float]) -> Iterator[Model]:
@@ -150,7 +152,7 @@ def measure_models(
 
 def print_rows(run: Run, rows: list[Row]) -> None:
     print(format_table(rows))
-    print(format_kept(rows))
+    print(format_nearest(rows) + format_kept(rows))
     print(f"rows: {run.results.path}; packed models: {run.out / 'models'}/")
     print(f"all rows and figures: python -m common report --preset {run.preset_name} --out {run.out}")
 
@@ -203,4 +205,10 @@ def run_baseline(
         print(f"found trained: {run.checkpoint} ({model.metadata['digits_seen']:,} digits seen); --retrain trains anew")
         evaluator = make_evaluator(run)
     print(format_tensors(model, fisher_table(run, model)))
-    print_rows(run, measure_models(run, evaluator, model.sha256, model, run.checkpoint, [uniform(run, model)]))
+    rows = measure_models(run, evaluator, model.sha256, model, run.checkpoint, [uniform(run, model)])
+    if model.metadata.get("training", {}).get("data") == run.data:
+        training, held_out = (load_digits(run.data, part, run.data_dir) for part in ("train", "test"))
+        rows = compared_with_training(rows, training, held_out, run.device)
+        if distributed.rank() == 0:
+            run.results.add(rows)
+    print_rows(run, rows)

@@ -3,7 +3,7 @@
 python -m common report --preset quick                # prints every row, draws the figures into results/quick/figures/
 python -m common report --preset quick --markdown     # prints the tables as Markdown
 python -m common report --preset quick --frontier     # draws FID and PSNR against the size of the file, nothing else
-python -m common report --preset quick --sensitivity  # prints the tables of python -m common sensitivity
+python -m common report --preset quick --sensitivity  # the tables and the figure of python -m common sensitivity
 """
 
 from dataclasses import asdict
@@ -12,6 +12,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.options import Parser, file_name
 from common.presets import PRESETS
+from common.study.memorised import format_nearest
 from common.study.rows import BASELINE, Figure, ResultStore, Row, group_rows
 
 COLUMNS = [
@@ -93,7 +94,7 @@ def format_tensors(model, table) -> str:
     """Every tensor: shape, Fisher value at timestep 1 with its error, over the grid, format and KiB; then the total."""
     import torch
 
-    grid = table.estimates("all")[0]
+    grid = table.estimates("uniform")[0]
     lines = [f"{'tensor':34}{'shape':>18}{'Fisher t=1':>24}{'mean over t':>13}{'format':>8}{'KiB':>10}"]
     for name, tensor in model.state.items():
         i = table.names.index(name)
@@ -114,22 +115,21 @@ def main():
         help="which of results/<preset> to read; default: paper where CUDA is available, else quick",
     )
     parser.add_argument("--out", type=file_name, metavar="DIR", help="the scripts' --out; default: results/<preset>")
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument("--markdown", action="store_true", help="tables alone, as Markdown")
-    only.add_argument("--frontier", action="store_true", help="FID and PSNR against the size of the file alone")
-    only.add_argument("--sensitivity", action="store_true", help="what python -m common sensitivity measured alone")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--markdown", action="store_true", help="tables alone, as Markdown")
+    parts.add_argument("--frontier", action="store_true", help="FID and PSNR against the size of the file alone")
+    parts.add_argument("--sensitivity", action="store_true", help="what python -m common sensitivity measured alone")
     options = parser.parse_args()
 
     from common.study.run import choose_preset
 
     folder = options.out or Path("results") / choose_preset(options.preset, None)[0]
     if options.sensitivity:
-        from common.study.sensitivity import FILE, format_sensitivity
+        from common.study.increases import FILE, format_sensitivity
 
         print(format_sensitivity(folder / FILE))
-        return
-    rows = ResultStore(folder / "results.jsonl").rows()
-    if not rows:
+    rows = [] if options.sensitivity else ResultStore(folder / "results.jsonl").rows()
+    if not rows and not options.sensitivity:
         raise UserError(
             f"{folder / 'results.jsonl'}: no rows there; python simplediffusion.py makes the first, "
             "with this --preset and --out"
@@ -137,10 +137,13 @@ def main():
     groups = group_rows(rows)
     for group in [] if options.frontier else groups:
         print(format_markdown(group) if options.markdown else format_table(group))
+        if said := format_nearest(group):
+            print(said)
     if options.markdown:
         return
 
     from common.study.figures import draw_all
 
-    for path in draw_all(folder, groups, only="fid-size" if options.frontier else ""):
+    only = "fid-size" if options.frontier else "sensitivity" if options.sensitivity else ""
+    for path in draw_all(folder, groups, only):
         print(path)

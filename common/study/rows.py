@@ -4,10 +4,11 @@ import json
 import math
 import stat
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from common.errors import UserError
+from common.options import CURVATURES
 from common.presets import FORMATS
 from common.runtime.files import locked, write_atomically
 
@@ -51,7 +52,9 @@ class Row:
     strategy, setting: the rule and its number; variant: what stands in its place or was done beyond it ("finetuned",
     "magnitude", ...), with `draw` or `updates` as its number. format: that of the quantized tensors ("entropy" where
     all are coded together). published: (FID, MiB) of the row published for it. formats: of each tensor; kept: the
-    weights of layers 1 to 6 that stay FP32, by layer.
+    weights of layers 1 to 6 that stay FP32, by layer. curvature: "gauss-newton" where its values decided; None where
+    Fisher values did, or nothing of the kind. nearest_training_digit, training_digit_excess: see
+    `common.metrics.memorised`; of the baseline and the real digits alone.
     """
 
     label: str
@@ -66,6 +69,7 @@ class Row:
     updates: int | None = None
     format: str | None = None
     timestep_weighting: str | None = None
+    curvature: str | None = None
     weights: str | None = None
     digits_seen: int | None = None
     size_mib: float | None = None
@@ -76,6 +80,8 @@ class Row:
     fid_difference: Figure | None = None
     kid_difference: Figure | None = None
     psnr: Figure | None = None
+    nearest_training_digit: Figure | None = None
+    training_digit_excess: Figure | None = None
     formats: dict[str, str] | None = None
     kept: dict[str, list[str]] | None = None
 
@@ -96,8 +102,11 @@ class Row:
         return flat
 
 
-_FIGURES = ("fid", "kid", "inception_score", "fid_difference", "kid_difference", "psnr")
-_SIGNED = ("kid", "fid_difference", "kid_difference", "psnr")  # the others are not negative
+_FIGURES = (
+    "fid", "kid", "inception_score", "fid_difference", "kid_difference", "psnr",
+    "nearest_training_digit", "training_digit_excess",
+)  # fmt: skip
+_SIGNED = ("kid", "fid_difference", "kid_difference", "psnr", "training_digit_excess")  # the others are not negative
 _TEXTS = ("label", "strategy", "setting", "variant", "format", "timestep_weighting", "weights", "file", "image_file")
 _PATHS = ("file", "image_file")  # which may hold any character
 _COUNTS = ("draw", "updates", "digits_seen")
@@ -152,6 +161,8 @@ def checked(key: str, value):
     """The value of a row's field as a row holds it. Raises ValueError where it cannot be one."""
     if key in _TEXTS:
         valid = isinstance(value, str) and (value or key == "setting") and (value.isprintable() or key in _PATHS)
+    elif key == "curvature":
+        valid = value in CURVATURES
     elif key in _COUNTS:
         valid = type(value) is int and value >= 0
     elif key in _SIZES:
@@ -211,9 +222,16 @@ class ResultStore:
         return rows
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Adds rows; those of the same identity are replaced where they stand."""
+        """Adds rows; those of the same identity are replaced where they stand. What is known of copies of training
+        digits stays, since not every command measures it."""
         with locked(self.path):
-            kept = {row.identity: row for row in self.rows()} | {row.identity: row for row in rows}
+            kept = {row.identity: row for row in self.rows()}
+            for row in rows:
+                known = kept.get(row.identity)
+                if known is not None and row.nearest_training_digit is None:
+                    figures = known.nearest_training_digit, known.training_digit_excess
+                    row = replace(row, nearest_training_digit=figures[0], training_digit_excess=figures[1])
+                kept[row.identity] = row
             lines = [json.dumps(row.to_json(), sort_keys=True, allow_nan=False) + "\n" for row in kept.values()]
             write_atomically(self.path, "".join(lines).encode())
 

@@ -42,6 +42,7 @@ class Run:
     data_dir: Path
     fmt: str
     timestep_weighting: str
+    curvature: str
     device: torch.device
     sampling: Sampling
     samples: bool
@@ -49,11 +50,6 @@ class Run:
     inception_weights: Path | None
     out: Path
     dry_run: bool
-
-    @property
-    def fisher_timestep(self) -> int | str:
-        """`timestep_weighting` as `FisherTable` knows it."""
-        return {"first": 1, "uniform": "all", "image": "image"}[self.timestep_weighting]
 
     @property
     def results(self) -> ResultStore:
@@ -101,6 +97,7 @@ def resolve(options: argparse.Namespace) -> Run:
         data_dir=options.data_dir,
         fmt=options.format,
         timestep_weighting=options.timestep_weighting,
+        curvature=options.curvature,
         device=device,
         sampling=sampling,
         samples=options.samples,
