@@ -19,7 +19,11 @@ from common.study.rows import BASELINE, REAL, Figure, Row, Settings, checked
 from common.study.run import Run
 
 PUBLISHED_BASELINE = (22.7512, 134.2)
-WORDS = {"weighting": "timestep_weighting", "published": "published"}  # of a model's metadata: field of a row
+WORDS = {
+    "weighting": "timestep_weighting",
+    "published": "published",
+    "rounding": "rounding",
+}  # of a model's metadata: field of a row
 
 
 @dataclass(frozen=True)
