@@ -29,7 +29,8 @@ def like_tensors(shapes: dict[str, Sequence[int]]) -> list[list[str]]:
             fits = groups and (len(groups[-1]) == 1 or prod(shapes[name]) <= LIKE * prod(shapes[groups[-1][0]]))
             groups[-1].append(name) if fits else groups.append([name])
         if len(groups) > 1 and len(groups[-1]) == 1:
-            groups[-2] += groups.pop()
+            *groups, before, last = groups
+            groups.append(before + last)
         strata += groups
     return strata
 
