@@ -45,19 +45,16 @@ def test_each_part_is_a_row_of_the_same_size(call, capfd):
 
 
 def test_other_values_can_be_plugged_in(call, monkeypatch):
-    """{name: {tensor: value}}: twice the Fisher values, which decide the same steps."""
+    """{variant: {tensor: value}}: the same value for all, whatever it is, decides the same steps."""
     plain = waterfall.models
 
-    def with_doubled(run, baseline, limits, others):
-        from common.study.budget_models import Maker
+    def with_fours(run, baseline, limits, others):
+        return plain(run, baseline, limits, {"fours": dict.fromkeys(baseline.state, 4.0)})
 
-        doubled = {name: 2 * value for name, value in Maker(run, baseline, "entropy").values.items()}
-        return plain(run, baseline, limits, {"doubled": doubled})
-
-    monkeypatch.setattr(waterfall, "models", with_doubled)
+    monkeypatch.setattr(waterfall, "models", with_fours)
     rows = {row.label: row for row in call("common.study.waterfall", "--times", 6)}
-    doubled, fisher = rows["Budget 6x, doubled (entropy)"], rows["Budget 6x (entropy)"]
-    assert doubled.loss_increase.value == pytest.approx(fisher.loss_increase.value, rel=0.05)
+    fours, ones = rows["Budget 6x, fours (entropy)"], rows["Budget 6x, unweighted (entropy)"]
+    assert fours.variant == "fours" and fours.weights == ones.weights != rows["Budget 6x (entropy)"].weights
 
 
 def test_a_size_that_cannot_be_reached_is_said_before_any_work(call, monkeypatch, tmp_path):

@@ -135,11 +135,12 @@ def draw_learning_curve(rows: list[Row]):
 
 
 def _drawn_as(row: Row) -> str:
-    """What a row is drawn as: budgets by coding, variant and the weighting of timesteps, the others by their rule."""
+    """What a row is drawn as: budgets by coding, rounding, variant and the weighting of timesteps, the others by their
+    rule and rounding."""
     if row.strategy != "Budget":
-        return row.strategy
+        return ", ".join(filter(None, [row.strategy, row.rounding]))
     weighting = None if row.timestep_weighting == "image" else f"Fisher values: {row.timestep_weighting}"
-    return ", ".join(filter(None, ["Budget", row.format, row.variant, weighting]))
+    return ", ".join(filter(None, ["Budget", row.format, row.rounding, row.variant, weighting]))
 
 
 def _errorbar(axis, points: list[tuple[float, Figure]], **style) -> None:

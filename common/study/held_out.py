@@ -12,7 +12,7 @@ from common.ddpm.schedule import Schedule
 from common.formats.packed import Model
 from common.runtime import distributed
 from common.runtime.device import derive_seed
-from common.study.rows import Figure
+from common.study.rows import Figure, Row
 from common.study.run import Run
 from common.study.sensitivity import digit_losses
 
@@ -86,12 +86,12 @@ def judge(digits: HeldOut, model: Model, draws: Iterable[Model]) -> Iterator[Jud
     yield from sampled
 
 
-def format_losses(rows: list) -> str:
+def format_losses(rows: list[Row]) -> str:
     """A line for each of the rows whose loss on held-out digits was measured; empty where none was."""
     return "\n".join(_line(row) for row in rows if row.loss_increase is not None)
 
 
-def _line(row) -> str:
+def _line(row: Row) -> str:
     text = f"{row.label}: loss on held-out digits {_signed(row.loss_increase)}"
     if row.place is None:
         return text + ("" if row.size_apart is None else f"; its size differs by {row.size_apart:.1%}")
