@@ -45,16 +45,18 @@ def test_each_part_is_a_row_of_the_same_size(call, capfd):
 
 
 def test_other_values_can_be_plugged_in(call, monkeypatch):
-    """{variant: {tensor: value}}: the same value for all, whatever it is, decides the same steps."""
+    """{variant: {tensor: value}}: the same value for all, whatever it is, decides the same steps.
+
+    The name is as long as that beside it: a longer header leaves fewer bytes."""
     plain = waterfall.models
 
     def with_fours(run, baseline, limits, others):
-        return plain(run, baseline, limits, {"fours": dict.fromkeys(baseline.state, 4.0)})
+        return plain(run, baseline, limits, {"four times": dict.fromkeys(baseline.state, 4.0)})
 
     monkeypatch.setattr(waterfall, "models", with_fours)
     rows = {row.label: row for row in call("common.study.waterfall", "--times", 6)}
-    fours, ones = rows["Budget 6x, fours (entropy)"], rows["Budget 6x, unweighted (entropy)"]
-    assert fours.variant == "fours" and fours.weights == ones.weights != rows["Budget 6x (entropy)"].weights
+    fours, ones = rows["Budget 6x, four times (entropy)"], rows["Budget 6x, unweighted (entropy)"]
+    assert fours.variant == "four times" and fours.weights == ones.weights != rows["Budget 6x (entropy)"].weights
 
 
 def test_a_size_that_cannot_be_reached_is_said_before_any_work(call, monkeypatch, tmp_path):
