@@ -4,16 +4,18 @@
     python layer_budget.py --times auto                 # the smallest whose FID is within one standard error of FP32's
     python layer_budget.py --times 16 --finetune 1000   # and a row whose codes were trained for 1000 updates
     python layer_budget.py --size 0.8 --coding fixed    # a width for each tensor, a file of at most 0.8 MiB
+    python layer_budget.py --times 10 --controls 20     # and whether Fisher values do better than chance
 
 An error dw of a weight counts F dw^2, with F the Fisher information of its tensor. That ranks tensors; it is not the
 increase of the loss, which the values of --curvature gauss-newton predict. --coding entropy rounds each tensor to
 multiples of a step proportional to 1 / sqrt(F), each error made good by the neighbours that are rounded later, and
 entropy-codes the result; --coding fixed chooses for each tensor one of fp32, fp16 and int8 to int2, the best choice
-there is under the size. The file counts, with all that is in it.
+there is under the size, and rounds with the same care (--rounding). The file counts, with all that is in it.
 """
 
 from common.errors import run_main
 from common.options import bounded_float, number, positive_int, strategy_parser
+from common.presets import ROUNDINGS
 
 
 def main():
@@ -26,6 +28,12 @@ def main():
         "--times", type=factor, nargs="+", metavar="X", help="files X times smaller than FP32's tensors; or auto"
     )
     parser.add_argument("--coding", choices=("entropy", "fixed"), default="entropy", help="what the file stores")
+    parser.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        help="of --coding fixed: integers to the nearest; with scales of the least squared error; with these, and "
+        "errors made good by weights that are rounded later; default: feedback",
+    )
     parser.add_argument(
         "--finetune",
         type=positive_int,
@@ -41,6 +49,9 @@ def main():
     if options.finetune and options.coding != "entropy":
         parser.error("argument --finetune: goes with --coding entropy only")
 
+    if options.rounding and options.coding != "fixed":
+        parser.error("argument --rounding: goes with --coding fixed only; entropy coding has feedback always")
+
     from common.formats.packed import MIB
     from common.study.budget_models import build
     from common.study.pipeline import run_models
@@ -52,7 +63,8 @@ def main():
             limits = {}
         else:
             limits = {f"{number(times)}x": int(baseline.size_mib() * MIB / times) for times in options.times}
-        return build(run, evaluator, baseline, options.coding, limits, options.finetune, options.controls)
+        rounding = options.rounding or ("feedback" if options.coding == "fixed" else "nearest")
+        return build(run, evaluator, baseline, options.coding, limits, options.finetune, options.controls, rounding)
 
     run_models(options, models)
 

@@ -4,11 +4,13 @@ python simplediffusion.py                        # preset paper where CUDA is av
 python simplediffusion.py --preset quick --retrain --checkpoint results/quick/baseline.safetensors
 python simplediffusion.py --preset paper --dry-run
 python simplediffusion.py --preset paper --training-steps 2000
+python simplediffusion.py --format int4 --rounding feedback     # the uniform model with more care
 python simplediffusion.py --checkpoint PACKED_FILE              # a quantized model's row, from its file alone
 """
 
 from common.errors import run_main
 from common.options import LARGEST_SEED, file_name, positive_int, script_parser, whole_number
+from common.presets import ROUNDINGS
 
 
 def main():
@@ -33,7 +35,16 @@ def main():
     parser.add_argument(
         "--baseline", type=file_name, metavar="FILE", help="what a packed --checkpoint came from; default: the preset's"
     )
+    parser.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        default="nearest",
+        help="of integers: to the nearest, as published; with scales of the least squared error; with these, and "
+        "errors made good by weights that are rounded later",
+    )
     options = parser.parse_args()
+    if options.rounding != "nearest" and not options.format.startswith("int"):
+        parser.error(f"argument --rounding {options.rounding}: goes with --format int8 to int2")
 
     from common.study.pipeline import run_baseline
 

@@ -195,6 +195,6 @@ def strategy_parser(description: str, *, formats: bool = True) -> Parser:
         "--controls",
         type=whole_number(1, 1000),
         metavar="N",
-        help="after each row, rows of its size without Fisher information: N random choices, by magnitude, uniform",
+        help="judge each row by N permutations of its Fisher values, say 20; rows of 2 of these, by magnitude, uniform",
     )
     return parser

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 CHANNEL_FACTORS = (1, 2, 4, 8, 8, 6)  # of layers 1 to 6, for the skips to join
 FORMATS = ("fp32", "fp16", "int8", "int7", "int6", "int5", "int4", "int3", "int2")
+# Of integers: to the nearest, with scales that reach the largest weight (as published), or with scales of least squared
+# error; or with these, each error made good by the weights that are rounded later.
+ROUNDINGS = ("nearest", "least-error", "feedback")
 
 
 # Bounds of what a file may claim; a network that fills them takes more memory than a machine has.

@@ -238,15 +238,10 @@ def test_twenty_sizes_from_the_smallest_to_fp32_are_kept_to(tiny_network, coding
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-3 * errors[0]
 
 
-def test_other_values_are_the_same_numbers_elsewhere_or_none():
+def test_other_values_are_none_or_those_of_the_weights():
     weights = {"a": torch.tensor([1.0, -3.0]), "b": torch.zeros(2), "c": torch.ones(2)}
-    values = {"a": 1.0, "b": 2.0, "c": 3.0}
-    others = {(which, draw): other for which, draw, other in budget_models.other_values(weights, values, 0, 4)}
-    assert others["unweighted", None] == {"a": 1.0, "b": 1.0, "c": 1.0}
-    assert others["magnitude", None] == {"a": 5.0, "b": 1e-30, "c": 1.0}
-    draws = [others["random", i] for i in range(1, 5)]
-    assert all(sorted(draw.values()) == [1.0, 2.0, 3.0] for draw in draws) and any(draw != values for draw in draws)
-    assert not list(budget_models.other_values(weights, values, 0, 0))
+    others = budget_models.other_values(weights, {"a": 1.0, "b": 2.0, "c": 3.0})
+    assert others == {"unweighted": {"a": 1.0, "b": 1.0, "c": 1.0}, "magnitude": {"a": 5.0, "b": 1e-30, "c": 1.0}}
 
 
 @pytest.mark.parametrize("coding", ["entropy", "fixed"])
@@ -273,12 +268,33 @@ def test_finetuned_codes_that_do_not_fit_cost_no_other_row(script, monkeypatch, 
     assert row["label"] == "Budget 9x (entropy)" and "12,345 bytes" in capfd.readouterr().out
 
 
-def test_controls_are_of_the_same_size(script):
-    rows = script("--times", "6", "--controls", "1")
-    kinds = ("", ", unweighted", ", magnitude", ", random 1")
+def test_controls_are_of_the_same_size(script, capfd):
+    rows = script("--times", "6", "--controls", "3")
+    kinds = ("", ", permuted 1", ", permuted 2", ", unweighted", ", magnitude")
     assert [row["label"] for row in rows] == [f"Budget 6x{kind} (entropy)" for kind in kinds]
     limit = int(script.baseline.size_mib() * MIB / 6)
     assert all(0.98 * limit < row["file_mib"] * MIB <= limit for row in rows)
+    lower, draws = rows[0]["place"]
+    assert 0 <= lower <= draws == 3 and rows[0]["size_apart"] < 0.02
+    assert all("place" not in row and "loss_increase" in row for row in rows[1:])
+    assert lower >= sum(row["loss_increase"] <= rows[0]["loss_increase"] for row in rows[1:3])
+    said = f"{lower} of 3 permutations of its Fisher values do as well or better (p = {(lower + 1) / 4:.2g})"
+    assert said in capfd.readouterr().out
+
+
+def test_fixed_widths_are_rounded_with_care_unless_asked_otherwise(script):
+    (careful,) = script("--coding", "fixed", "--times", "4")
+    assert careful["label"] == "Budget 4x (fixed, feedback)" and careful["rounding"] == "feedback"
+    rows = script("--coding", "fixed", "--times", "4", "--rounding", "nearest")
+    assert rows[1]["label"] == "Budget 4x (fixed)" and "rounding" not in rows[1]
+    assert rows[0]["weights"] != rows[1]["weights"]
+    assert load_model(careful["file"]).metadata["rounding"] == "feedback"
+
+
+def test_rounding_of_integers_goes_with_fixed_widths(script, capfd):
+    with pytest.raises(SystemExit) as exit_:
+        script("--times", "9", "--rounding", "feedback")
+    assert exit_.value.code == 2 and "argument --rounding: goes with --coding fixed" in capfd.readouterr().err
 
 
 def test_finetuning_goes_with_entropy_coding(script, capfd):

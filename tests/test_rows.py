@@ -21,6 +21,29 @@ ROW = Row(
 )  # fmt: skip
 
 
+JUDGED = replace(
+    ROW, rounding="feedback", loss_increase=Figure(-1e-4, 2e-5), place=(3, 20), size_apart=0.004
+)  # fmt: skip
+
+
+def test_what_is_said_of_the_loss_is_read_back_and_absent_from_old_rows():
+    flat = json.loads(json.dumps(JUDGED.to_json()))
+    assert (flat["loss_increase"], flat["loss_increase_error"], flat["place"]) == (-1e-4, 2e-5, [3, 20])
+    assert row_from_json(flat) == JUDGED
+    assert not {"rounding", "loss_increase", "place", "size_apart"} & ROW.to_json().keys()
+
+
+def test_a_row_measured_again_keeps_what_was_said_of_its_loss(tmp_path):
+    store = ResultStore(tmp_path / "results.jsonl")
+    store.add([JUDGED])
+    store.add([replace(JUDGED, loss_increase=None, place=None, size_apart=None, digits_seen=5)])
+    assert store.rows() == [replace(JUDGED, digits_seen=5)]
+    store.add([replace(JUDGED, loss_increase=Figure(1, 2), place=None)])
+    store.add([replace(JUDGED, weights="others", loss_increase=None, place=None, size_apart=None)])
+    judged, other = store.rows()
+    assert (judged.loss_increase, judged.place) == (Figure(1, 2), (3, 20)) and other.place is None
+
+
 def test_what_is_written_is_read_back():
     flat = json.loads(json.dumps(ROW.to_json()))
     assert (flat["fid"], flat["fid_error"], flat["images"], flat["published"]) == (0.5, 0.1, 500, [None, 71.48])
@@ -36,7 +59,9 @@ def test_what_is_written_is_read_back():
         ("fid_error", None), ("size_mib", 0), ("size_mib", "1"), ("file_mib", -1), ("label", 7), ("label", ""),
         ("label", "two\nlines"), ("images", "500"), ("images", -1), ("baseline", 7), ("published", [1]), ("draw", 1.5),
         ("kept", {"layer1": "all"}), ("formats", []), ("formats", {"a": "fp99"}), ("formats", {"a": []}),
-        ("curvature", "hessian"), ("curvature", 1), ("nearest_training_digit", -1.0), ("unknown", 1),
+        ("curvature", "hessian"), ("curvature", 1), ("nearest_training_digit", -1.0),
+        ("unknown", 1), ("rounding", "up"), ("rounding", []), ("loss_increase", "1"), ("place", [21, 20]), ("place", 3),
+        ("place", [0.0, 20]), ("place", [-1, 20]), ("place", [1, 2, 3]), ("size_apart", -0.1), ("size_apart", "1"),
     ],
 )  # fmt: skip
 def test_what_no_row_can_hold_is_refused(key, value):

@@ -15,9 +15,10 @@ from scipy import optimize, sparse
 
 from common.choose import rounding
 from common.choose.feedback import Feedback
+from common.choose.fixed_rounding import FixedRounding
 from common.errors import UserError
 from common.formats import entropy
-from common.formats.numbers import fake_quantize, stored_bytes
+from common.formats.numbers import stored_bytes
 
 WIDTHS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp16", "fp32")
 
@@ -80,23 +81,37 @@ def _solve(distortion, sizes, budget) -> dict[str, str]:
 
 
 def fixed_formats(
-    weights: dict[str, torch.Tensor], axes: dict[str, int], values: dict[str, float], budget: int
+    weights: dict[str, torch.Tensor],
+    axes: dict[str, int],
+    values: dict[str, float],
+    budget: int,
+    errors: dict[str, dict[str, float]] | None = None,
 ) -> dict[str, str]:
     """The formats of FP32 `weights` with the least Fisher-weighted squared error in at most `budget` bytes.
 
-    axes: the output-channel axis of each weight; values: its Fisher value. 1-D tensors take fp16 or fp32. Raises
-    BudgetError, and UserError where a value is not finite.
+    axes: the output-channel axis of each weight; values: its Fisher value; errors: `format_errors`, by default those of
+    nearest rounding. 1-D tensors take fp16 or fp32. Raises BudgetError, and UserError where a value is not finite.
     """
     _require_finite(values)
-    distortion, sizes = {}, {}
-    for name, weight in weights.items():
-        formats = WIDTHS if weight.dim() > 1 else WIDTHS[-2:]
-        sizes[name] = {fmt: stored_bytes(weight.shape, fmt, axes[name]) for fmt in formats}
-        distortion[name] = {
-            fmt: values[name] * float((fake_quantize(weight, fmt, axes[name]) - weight).double().square().sum())
-            for fmt in formats
-        }
+    errors = format_errors(weights, axes, FixedRounding()) if errors is None else errors
+    distortion = {name: {fmt: values[name] * e for fmt, e in errors[name].items()} for name in weights}
+    sizes = {
+        name: {fmt: stored_bytes(weight.shape, fmt, axes[name]) for fmt in errors[name]}
+        for name, weight in weights.items()
+    }
     return cheapest_formats(distortion, sizes, budget)
+
+
+def format_errors(
+    weights: dict[str, torch.Tensor], axes: dict[str, int], rounding: FixedRounding
+) -> dict[str, dict[str, float]]:
+    """{tensor: {format: squared error}} of the formats that each tensor can take."""
+    return {
+        name: {
+            fmt: rounding.error(name, weight, fmt, axes[name]) for fmt in (WIDTHS if weight.dim() > 1 else WIDTHS[-2:])
+        }
+        for name, weight in weights.items()
+    }
 
 
 def entropy_coded(
@@ -105,10 +120,12 @@ def entropy_coded(
     size: Callable[[dict[str, torch.Tensor]], int],
     budget: int,
     feedback: dict[str, Feedback] | None = None,
+    price: float = rounding.PRICE_OF_A_BIT,
 ) -> dict[str, torch.Tensor]:
     """`rounding.encode` of FP32 `weights` with steps by their Fisher `values`, in at most `budget` bytes.
 
-    size: the bytes of what is stored; feedback: of the weights that are rounded by it. At high resolution the least sum
+    size: the bytes of what is stored; feedback: of the weights that are rounded by it; price: of a bit, in squared
+    steps. At high resolution the least sum
     of F step^2 / 12 for its entropy has steps proportional to 1 / sqrt(F), so one factor remains to be found. Tensors
     of value zero, which the loss does not reach, become zero. Raises BudgetError, and UserError where a value is not
     finite.
@@ -122,7 +139,7 @@ def entropy_coded(
             finest, all_zero = 1.01 * w / entropy.LARGEST_CODE, 3 * w
             step = factor / values[name] ** 0.5 if values[name] > 0 else all_zero
             steps[name] = min(max(step, finest), all_zero)
-        return rounding.encode(weights, steps, feedback)
+        return rounding.encode(weights, steps, feedback, price)
 
     coarsest = max(3 * w * values[name] ** 0.5 for name, w in largest.items())  # from here on every code is zero
     best = encode(coarsest, None)

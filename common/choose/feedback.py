@@ -51,20 +51,29 @@ class Feedback:
         inputs, outputs, *kernel = shape
         return rows.reshape(outputs, inputs, *kernel)[:, :, ::-1, ::-1].swapaxes(0, 1)
 
-    def round(self, rows: np.ndarray, bits: Callable[[np.ndarray], np.ndarray], price: float) -> np.ndarray:
+    def round(
+        self, rows: np.ndarray, bits: Callable[[np.ndarray], np.ndarray], price: float, largest: int | None = None
+    ) -> np.ndarray:
         """Integers (R, K) for `rows` (R, K), which are in units of the step.
 
-        bits: the length of each code; price: of a bit, in units of a mean column's squared error.
+        bits: the length of each code; price: of a bit, in units of a mean column's squared error; largest: magnitude
+        of a code, where codes have an end, and what is cut off there is an error like any other.
         """
         codes = np.empty(rows.shape, np.int64)
         costs = [1 / np.square(factor.upper.diagonal().astype(np.float64)) for factor in self.factors]
         price = price * np.concatenate(costs).mean()
         for factor, of_column in zip(self.factors, costs, strict=True):
-            codes[:, factor.order] = _round(rows[:, factor.order], factor.upper, bits, price / of_column)
+            codes[:, factor.order] = _round(rows[:, factor.order], factor.upper, bits, price / of_column, largest)
         return codes
 
 
-def _round(rows: np.ndarray, upper: np.ndarray, bits: Callable[[np.ndarray], np.ndarray], prices: np.ndarray):
+def _round(
+    rows: np.ndarray,
+    upper: np.ndarray,
+    bits: Callable[[np.ndarray], np.ndarray],
+    prices: np.ndarray,
+    largest: int | None,
+) -> np.ndarray:
     """Integers (R, K) for `rows` (R, K), in the order of `upper` (K, K); prices (K,) in squared steps."""
     size = rows.shape[1]
     rest, codes = rows.astype(np.float64), np.empty(rows.shape, np.int64)
@@ -73,7 +82,8 @@ def _round(rows: np.ndarray, upper: np.ndarray, bits: Callable[[np.ndarray], np.
         errors = np.empty((len(rest), end - start))
         for j in range(start, end):
             column = rest[:, j]
-            code = toward_zero(column, np.rint(column).astype(np.int64), bits, prices[j])
+            nearest = np.rint(column) if largest is None else np.rint(column).clip(-largest, largest)
+            code = toward_zero(column, nearest.astype(np.int64), bits, prices[j])
             error = (column - code) / upper[j, j]
             rest[:, j + 1 : end] -= np.outer(error, upper[j, j + 1 : end])
             codes[:, j], errors[:, j - start] = code, error

@@ -1,8 +1,8 @@
 """A model: a network's weights as a file stores them, each in its format, and what sampling needs to know of them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -11,10 +11,21 @@ import torch
 from common.ddpm.digits import DATA_RANGE
 from common.ddpm.unet import UNet, load_tensors
 from common.formats import entropy
-from common.formats.numbers import channel_axes, pack, stored_bytes, stored_format, stored_parts, unpack
+from common.formats.numbers import (
+    IntegerTensor,
+    channel_axes,
+    pack,
+    quantize_integer,
+    stored_bytes,
+    stored_format,
+    stored_parts,
+    unpack,
+)
 from common.presets import FORMATS, UNetConfig
 from common.runtime import sealed
 from common.runtime.sealed import CheckpointError
+
+Quantizer = Callable[[str, torch.Tensor, str, int], IntegerTensor]  # of (tensor's name, weight, format, axis)
 
 MIB = 2**20
 MOST_CODED_WEIGHTS = 2**28  # 1 GiB as FP32: few bytes of entropy coding may stand for any number
@@ -77,15 +88,17 @@ class Model:
         """MiB of the tensors as stored; the file adds its header."""
         return sum(tensor.nbytes for tensor in self.stored.values()) / MIB
 
-    def quantize(self, names: Iterable[str], fmt: str, metadata: dict) -> "Model":
-        """This model with `names` quantized to `fmt` (1-D tensors to fp16 at the lowest)."""
+    def quantize(self, names: Iterable[str], fmt: str, metadata: dict, quantizer: Quantizer | None = None) -> "Model":
+        """This model with `names` quantized to `fmt` (1-D tensors to fp16 at the lowest), to the nearest integers or
+        those of the `quantizer`."""
         shapes, formats = tensor_shapes(self.config), dict(self.formats)
         stored = dict(self.stored)
         for name in names:
             shape, axis = shapes[name]
             formats[name] = stored_format(fmt, shape)
             stored.pop(f"{name}:scale", None)
-            stored |= _named(name, pack(self.state[name], formats[name], axis))
+            quantize = partial(quantizer, name) if quantizer else quantize_integer
+            stored |= _named(name, pack(self.state[name], formats[name], axis, quantize))
         return Model(self.config, stored, formats, {**self.metadata, **metadata})
 
 

@@ -4,7 +4,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -14,13 +15,15 @@ from tqdm import tqdm
 
 from common.choose import allocation
 from common.choose.allocation import WIDTHS, BudgetError, fixed_formats
-from common.choose.controls import random_order
+from common.choose.controls import generator_of, like_tensors, permute
 from common.choose.feedback import Feedback
+from common.choose.fixed_rounding import FixedRounding
+from common.choose.rounding import PRICE_OF_A_BIT
 from common.ddpm.schedule import Schedule
 from common.errors import UserError
 from common.formats import entropy
 from common.formats.numbers import stored_bytes
-from common.formats.packed import MIB, Model, file_bytes, load_model, save_model, tensor_shapes
+from common.formats.packed import MIB, Model, Quantizer, file_bytes, load_model, save_model, tensor_shapes
 from common.options import number
 from common.runtime import distributed
 from common.runtime.files import remove
@@ -32,6 +35,7 @@ from common.study.diffusion_fisher import (
     values_note,
 )  # fmt: skip
 from common.study.evaluate import Evaluator
+from common.study.held_out import Judged, held_out, judge
 from common.study.run import Run, training_precision
 from common.training.finetune import finetune, sampler_of_digits, state_key
 
@@ -51,10 +55,11 @@ class Allocator(Protocol):
 
 @dataclass(frozen=True)
 class EntropyCoding:
-    """Steps by Fisher values, rounded by `feedback`, entropy-coded."""
+    """Steps by Fisher values, rounded by `feedback` at a `price` of a bit (in squared steps), entropy-coded."""
 
     baseline: Model
     feedback: dict[str, Feedback]
+    price: float = PRICE_OF_A_BIT
 
     def smallest(self, metadata: dict) -> int:
         zeros = {name: np.zeros(tuple(weight.shape), np.int64) for name, weight in self.baseline.state.items()}
@@ -65,7 +70,7 @@ class EntropyCoding:
             return file_bytes(coded_model(self.baseline, stored, metadata))
 
         left = {name: value * self._gain(name) for name, value in values.items()}
-        stored = allocation.entropy_coded(self.baseline.state, left, size, limit, self.feedback)
+        stored = allocation.entropy_coded(self.baseline.state, left, size, limit, self.feedback, self.price)
         return coded_model(self.baseline, stored, metadata)
 
     def _gain(self, name: str) -> float:
@@ -75,9 +80,10 @@ class EntropyCoding:
 
 @dataclass(frozen=True)
 class FixedWidths:
-    """One format for each tensor, the best choice there is."""
+    """One format for each tensor, the best choice there is for its `rounding`."""
 
     baseline: Model
+    rounding: FixedRounding = field(default_factory=FixedRounding)
 
     def smallest(self, metadata: dict) -> int:
         return file_bytes(self._in_formats(self._narrowest(), metadata))
@@ -88,14 +94,19 @@ class FixedWidths:
         least = sum(stored_bytes(shapes[name][0], fmt, axes[name]) for name, fmt in self._narrowest().items())
         header = 0
         while True:  # until the header, whose length follows from the formats, fits too
-            formats = fixed_formats(self.baseline.state, axes, values, max(least, limit - header))
-            model = self._in_formats(formats, metadata)
-            excess = file_bytes(model) - limit
+            formats = fixed_formats(self.baseline.state, axes, values, max(least, limit - header), self._errors)
+            there = file_bytes(self._in_formats(formats, metadata))  # however it is rounded
+            excess = there - limit
             if excess <= 0:
-                return model
+                return self._in_formats(formats, metadata, self.rounding.quantize)
             if limit - header <= least:
-                raise BudgetError(file_bytes(model))
+                raise BudgetError(there)
             header += excess
+
+    @cached_property
+    def _errors(self) -> dict[str, dict[str, float]]:
+        axes = {name: axis for name, (_, axis) in tensor_shapes(self.baseline.config).items()}
+        return allocation.format_errors(self.baseline.state, axes, self.rounding)
 
     def _narrowest(self) -> dict[str, str]:
         """The format of fewest bytes of each tensor."""
@@ -104,10 +115,12 @@ class FixedWidths:
             for name, (shape, axis) in tensor_shapes(self.baseline.config).items()
         }
 
-    def _in_formats(self, formats: dict[str, str], metadata: dict) -> Model:
+    def _in_formats(self, formats: dict[str, str], metadata: dict, quantizer: Quantizer | None = None) -> Model:
         model = replace(self.baseline, metadata=metadata)
         for fmt in set(formats.values()):
-            model = model.quantize([name for name, chosen in formats.items() if chosen == fmt], fmt, metadata)
+            model = model.quantize(
+                [name for name, chosen in formats.items() if chosen == fmt], fmt, metadata, quantizer
+            )
         return model
 
 
@@ -118,11 +131,13 @@ def coded_model(baseline: Model, stored: dict[str, torch.Tensor], metadata: dict
 
 def budget_metadata(run: Run, baseline: Model, coding: str, size: str, variant: str | None = None, **more) -> dict:
     """What a model of a given size says of itself: `size` as it was asked for, `variant` and its number in `more`
-    (draw or updates). Every byte counts, so nothing is said that the baseline's own file says."""
-    words = {"finetuned": f"{more.get('updates')} updates", "random": f"random {more.get('draw')}"}
+    (draw or updates), and there the rounding of integers that is not to the nearest. Every byte counts, so nothing is
+    said that the baseline's own file says."""
+    words = {"finetuned": f"{more.get('updates')} updates", "permuted": f"permuted {more.get('draw')}"}
     setting = ", ".join(filter(None, [size, words.get(variant, variant)]))
     former = {"first": "Fisher timestep 1", "uniform": "Fisher timestep all", "image": ""}[run.timestep_weighting]
-    coded = ", ".join(filter(None, [coding, values_note(run, former)]))
+    rounding = more.get("rounding", "").replace("-", " ")
+    coded = ", ".join(filter(None, [coding, rounding, values_note(run, former)]))
     kept = {key: value for key, value in baseline.metadata.items() if key not in ("loss_curve", "precision")}
     return kept | {
         "label": f"Budget {setting} ({coded})",
@@ -145,14 +160,25 @@ def build(
     limits: dict[str, int],
     updates: int | None,
     draws: int | None,
-) -> Iterator[Model]:
+    rounding: str = "nearest",
+) -> Iterator[Model | Judged]:
     """One model for each limit, {what was asked for: bytes}; without limits those of `search`, finetuned where
     `updates` are given.
 
-    After each one with so many `updates` of finetuning, and those of `other_values` with so many random `draws`.
+    After each one with so many `updates` of finetuning; and where there are `draws`, its place among so many models
+    whose Fisher values were permuted, some of these, and those of `other_values`. rounding: of integers.
 
     Raises UserError at once, before any work, for a limit that is too small.
     """
+    most = require_reachable(run, baseline, coding, limits)
+    maker = Maker(run, baseline, coding, rounding)
+    if limits:
+        return _build_to_limits(maker, limits, updates, draws)
+    return _build_by_search(maker, evaluator, updates, most)
+
+
+def require_reachable(run: Run, baseline: Model, coding: str, limits: dict[str, int]) -> float:
+    """How many times smaller than the baseline's tensors a file can be. Raises UserError for a limit below."""
     size = baseline.size_mib() * MIB
     longest = budget_metadata(run, baseline, coding, max(limits, key=len, default=""))
     least = _allocator(baseline, coding, {}).smallest(longest) + 100  # labels of other lengths
@@ -163,19 +189,23 @@ def build(
                 f"{asked}, {limit:,} bytes, cannot be reached with {coding} coding: "
                 f"ask for --size {more:g} or more, --times {less:g} or less"
             )
-    maker = Maker(run, baseline, coding)
-    if limits:
-        return _build_to_limits(maker, limits, updates, draws)
-    return _build_by_search(maker, evaluator, updates, size / least)
+    return size / least
 
 
-def _build_to_limits(maker: "Maker", limits: dict[str, int], updates: int | None, draws: int | None) -> Iterator[Model]:
-    baseline, seed = maker.baseline, maker.run.sampling.seed
+def _build_to_limits(
+    maker: "Maker", limits: dict[str, int], updates: int | None, draws: int | None
+) -> Iterator[Model | Judged]:
+    digits = held_out(maker.run, maker.baseline) if draws else None
     for asked, limit in tqdm(limits.items(), desc="fitting", unit="file"):
-        yield from maker.make(asked, limit, updates)
-        for variant, draw, values in other_values(baseline.state, maker.values, seed, draws or 0):
-            more = {"draw": draw} if draw else {}
-            yield maker.fit(limit, values, maker.metadata(asked, variant, **more))
+        made = maker.make(asked, limit, updates)
+        if digits is None:
+            yield from made
+            continue
+        yield from judge(digits, next(made), maker.permuted(asked, limit, draws))
+        yield from (Judged(model, digits.increase(model)) for model in made)
+        for variant, values in other_values(maker.baseline.state, maker.values).items():
+            model = maker.fit(limit, values, maker.metadata(asked, variant))
+            yield Judged(model, digits.increase(model))
 
 
 def _build_by_search(maker: "Maker", evaluator: Evaluator, updates: int | None, most: float) -> Iterator[Model]:
@@ -193,22 +223,32 @@ def _build_by_search(maker: "Maker", evaluator: Evaluator, updates: int | None, 
     yield from (tried[times] for times in sorted(tried))
 
 
-class Maker:
-    """Fits models of one baseline by its Fisher values, or those of --curvature, {tensor: value}, which it measures."""
+def tensor_values(run: Run, baseline: Model) -> dict[str, float]:
+    """{tensor: its value of --curvature, pulled toward the others where it is uncertain}"""
+    table = curvature_table(run, baseline)
+    shrunk = allocation.shrink(*table.estimates(run.timestep_weighting))
+    return dict(zip(table.names, shrunk.tolist(), strict=True))
 
-    def __init__(self, run: Run, baseline: Model, coding: str):
+
+class Maker:
+    """Fits models of one baseline by its Fisher values, or those of --curvature, {tensor: value}, which it measures, as
+    it does the feedback that the coding, or the rounding of integers, needs."""
+
+    def __init__(self, run: Run, baseline: Model, coding: str, rounding: str = "nearest"):
         self.run, self.baseline, self.coding = run, baseline, coding
-        table = curvature_table(run, baseline)
-        shrunk = allocation.shrink(*table.estimates(run.timestep_weighting))
-        self.values = dict(zip(table.names, shrunk.tolist(), strict=True))
-        self._allocator = _allocator(baseline, coding, rounding_feedback(run, baseline) if coding == "entropy" else {})
+        self.values = tensor_values(run, baseline)
+        self.rounding, needed = rounding, coding == "entropy" or rounding == "feedback"
+        self.feedback = rounding_feedback(run, baseline) if needed else {}
+        self._allocator = _allocator(baseline, coding, self.feedback, rounding)
 
     def metadata(self, asked: str, variant: str | None = None, **more) -> dict:
+        more |= {} if self.rounding == "nearest" else {"rounding": self.rounding}
         return budget_metadata(self.run, self.baseline, self.coding, asked, variant, **more)
 
-    def fit(self, limit: int, values: dict[str, float], metadata: dict) -> Model:
-        """The allocator's model, made by one process: sums on a GPU may round otherwise in each. Raises BudgetError."""
-        return distributed.on_first(lambda: self._allocator.fit(limit, values, metadata))
+    def fit(self, limit: int, values: dict[str, float], metadata: dict, allocator: Allocator | None = None) -> Model:
+        """The model of the coding, or of another `allocator`, made by one process: sums on a GPU may round otherwise in
+        each. Raises BudgetError."""
+        return distributed.on_first(lambda: (allocator or self._allocator).fit(limit, values, metadata))
 
     def make(self, asked: str, limit: int, updates: int | None) -> Iterator[Model]:
         """The model of at most `limit` bytes, and then, with so many `updates`, the finetuned one."""
@@ -222,9 +262,19 @@ class Maker:
             except BudgetError as error:  # the other rows are not lost
                 tqdm.write(f"{asked}: the finetuned codes need {error.smallest:,} bytes, so there is no row of them")
 
+    def permuted(self, asked: str, limit: int, draws: int) -> Iterator[Model]:
+        """The models of at most `limit` bytes by Fisher values that were permuted among tensors of like size. Feedback
+        stays as it is."""
+        strata = like_tensors({name: weight.shape for name, weight in self.baseline.state.items()})
+        for draw in range(1, draws + 1):
+            values = permute(self.values, strata, generator_of(self.run.sampling.seed, "Budget", asked, draw))
+            yield self.fit(limit, values, self.metadata(asked, "permuted", draw=draw))
 
-def _allocator(baseline: Model, coding: str, feedback: dict[str, Feedback]) -> Allocator:
-    return EntropyCoding(baseline, feedback) if coding == "entropy" else FixedWidths(baseline)
+
+def _allocator(baseline: Model, coding: str, feedback: dict[str, Feedback], rounding: str = "nearest") -> Allocator:
+    if coding == "entropy":
+        return EntropyCoding(baseline, feedback)
+    return FixedWidths(baseline, FixedRounding(rounding, feedback))
 
 
 def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: int, updates: int) -> Model:
@@ -272,19 +322,13 @@ def _kept_result(path: Path, metadata: dict) -> Model | None:
     return model if model.metadata == json.loads(json.dumps(metadata)) else None
 
 
-def other_values(
-    weights: dict[str, torch.Tensor], values: dict[str, float], seed: int, draws: int
-) -> Iterator[tuple[str, int | None, dict[str, float]]]:
-    """(variant, draw, values): what might stand in the place of the Fisher `values`: the same for all, so that squared
-    errors count alike; mean squared weights; and `draws` in which the values went to other tensors at random. Feedback
-    stays as it is. None where `draws` is 0."""
-    if not draws:
-        return
-    yield "unweighted", None, dict.fromkeys(values, 1.0)
-    yield "magnitude", None, {name: max(1e-30, float(weights[name].square().mean())) for name in values}
-    for draw in range(draws):
-        order = random_order(list(values), seed, draw)
-        yield "random", draw + 1, dict(zip(values, (values[name] for name in order), strict=True))
+def other_values(weights: dict[str, torch.Tensor], values: dict[str, float]) -> dict[str, dict[str, float]]:
+    """{variant: values}: what might stand in the place of the Fisher `values`: the same for all, so that squared errors
+    count alike; mean squared weights. Feedback stays as it is."""
+    return {
+        "unweighted": dict.fromkeys(values, 1.0),
+        "magnitude": {name: max(1e-30, float(weights[name].square().mean())) for name in values},
+    }
 
 
 def search(acceptable: Callable[[float], bool], most: float) -> tuple[float | None, float | None]:

@@ -20,7 +20,7 @@ from common.study.run import Run
 
 PUBLISHED_BASELINE = (22.7512, 134.2)
 SAID = (  # of a model's metadata, and so of its row
-    "strategy", "setting", "variant", "draw", "updates", "format", "published", "weighting", "curvature",
+    "strategy", "setting", "variant", "draw", "updates", "format", "published", "weighting", "curvature", "rounding",
 )  # fmt: skip
 
 

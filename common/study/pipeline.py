@@ -7,17 +7,32 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.choose.controls import nearest_format, random_order, smallest_first, within
+from common.choose.controls import (
+    generator_of,
+    like_tensors,
+    nearest_format,
+    permuted_choice,
+    smallest_first,
+    within,
+)
+from common.choose.fixed_rounding import FixedRounding
 from common.choose.layers import layer_weights
 from common.ddpm.digits import load_digits
 from common.errors import UserError
 from common.formats.numbers import stored_bytes, stored_format
-from common.formats.packed import Model, save_model, size_mib, tensor_shapes
+from common.formats.packed import MIB, Model, save_model, size_mib, tensor_shapes
 from common.presets import FORMATS
 from common.runtime import distributed
 from common.study import baselines
-from common.study.diffusion_fisher import curvature_metadata, curvature_table, fisher_table, values_note
+from common.study.diffusion_fisher import (
+    curvature_metadata,
+    curvature_table,
+    fisher_table,
+    rounding_feedback,
+    values_note,
+)
 from common.study.evaluate import Evaluator, baseline_row, make_evaluator, model_row, real_rows, said_of, settings_of
+from common.study.held_out import HeldOut, Judged, format_losses, held_out, judge
 from common.study.memorised import compared_with_training, format_nearest
 from common.study.report import format_kept, format_table, format_tensors
 from common.study.rows import Row
@@ -25,6 +40,7 @@ from common.study.run import Run, start
 
 PUBLISHED_UNIFORM = (24.1324, 67.7)
 WEIGHTING_NOTES = {"uniform": "Fisher over all timesteps", "image": "Fisher by weight in the image"}
+ROUNDING_NOTES = {"least-error": "least error", "feedback": "feedback"}
 
 
 @dataclass(frozen=True)
@@ -41,11 +57,13 @@ class Choice:
 def quantized_metadata(
     run: Run, baseline: Model, strategy: str, setting: str = "", published: tuple | None = None, **more
 ) -> dict:
-    """What a quantized model says of itself; `more`: the variant and the draw of a control."""
-    note = values_note(run, WEIGHTING_NOTES.get(run.timestep_weighting, "")) if setting else None
+    """What a quantized model says of itself; `more`: the draw of a control, and a rounding that is not to the
+    nearest."""
+    values = values_note(run, WEIGHTING_NOTES.get(run.timestep_weighting, "")) if setting else None
+    notes = [values, ROUNDING_NOTES.get(more.get("rounding"))]
     name = " ".join(map(str, filter(None, [strategy, more.get("draw"), setting])))
     return {
-        "label": f"{name} ({', '.join(filter(None, [run.fmt.upper(), note]))})",
+        "label": f"{name} ({', '.join(filter(None, [run.fmt.upper(), *notes]))})",
         "strategy": strategy,
         "setting": setting,
         "format": run.fmt,
@@ -56,54 +74,90 @@ def quantized_metadata(
     }
 
 
-def uniform(run: Run, baseline: Model) -> Model:
-    """Every weight of layers 1 to 6 in --format."""
-    metadata = quantized_metadata(run, baseline, "Uniform", published=PUBLISHED_UNIFORM)
-    return baseline.quantize(layer_weights(baseline.state), run.fmt, metadata)
+def uniform(run: Run, baseline: Model, rounding: str = "nearest") -> Model:
+    """Every weight of layers 1 to 6 in --format, its integers chosen by one of `presets.ROUNDINGS`."""
+    other = {} if rounding == "nearest" else {"rounding": rounding}
+    metadata = quantized_metadata(run, baseline, "Uniform", published=PUBLISHED_UNIFORM, **other)
+    quantizer = fixed_rounding(run, baseline, rounding).quantize
+    return baseline.quantize(layer_weights(baseline.state), run.fmt, metadata, quantizer)
+
+
+def fixed_rounding(run: Run, baseline: Model, method: str) -> FixedRounding:
+    """The rounding of integers, with the feedback that it needs, which is measured."""
+    return FixedRounding(method, rounding_feedback(run, baseline) if method == "feedback" else {})
 
 
 def run_strategy(options: argparse.Namespace, choices: list[Choice]) -> None:
     """What a strategy script does: baseline and uniform rows, then one row for each choice."""
 
-    def build(run: Run, evaluator: Evaluator, baseline: Model) -> Iterator[Model]:
+    def build(run: Run, evaluator: Evaluator, baseline: Model) -> Iterator[Model | Judged]:
         table = curvature_table(run, baseline)
         values = table.at(run.timestep_weighting, layer_weights(table.names))
         return quantized(run, baseline, values)
 
-    def quantized(run: Run, baseline: Model, values: dict[str, float]) -> Iterator[Model]:
+    def quantized(run: Run, baseline: Model, values: dict[str, float]) -> Iterator[Model | Judged]:
+        digits = held_out(run, baseline) if options.controls else None
         for choice in choices:
             metadata = quantized_metadata(run, baseline, choice.strategy, choice.setting, choice.published)
             model = baseline.quantize(choice.rule(values), run.fmt, metadata)
-            yield model
-            if options.controls:
-                yield from control_models(run, baseline, model, options.controls)
+            if digits is None:
+                yield model
+            else:
+                yield from judge(digits, model, permuted_models(run, baseline, choice, values, options.controls))
+                yield from control_models(run, baseline, model, digits)
 
     run_models(options, build)
 
 
-def control_models(run: Run, baseline: Model, chosen: Model, draws: int) -> Iterator[Model]:
+def permuted_models(run: Run, baseline: Model, choice: Choice, values: dict[str, float], draws: int) -> Iterator[Model]:
+    """The models of the same rule where Fisher values have nothing to say: permuted among tensors of like size."""
+    shapes = tensor_shapes(baseline.config)
+    strata = like_tensors({name: shapes[name][0] for name in values})
+    savings, whole = savings_of(run, baseline), baseline.size_mib() * MIB
+
+    def size(chosen: set[str]) -> float:
+        return whole - sum(savings[name] for name in chosen)
+
+    for draw in range(1, draws + 1):
+        rng = generator_of(run.sampling.seed, choice.strategy, choice.setting, draw)
+        metadata = quantized_metadata(run, baseline, "Permuted", _beside(choice.strategy, choice.setting), draw=draw)
+        yield baseline.quantize(permuted_choice(choice.rule, values, strata, size, rng), run.fmt, metadata)
+
+
+def savings_of(run: Run, baseline: Model) -> dict[str, int]:
+    """The bytes that --format saves of each weight of layers 1 to 6."""
+    shapes = tensor_shapes(baseline.config)
+    return {
+        name: stored_bytes(shape, "fp32") - stored_bytes(shape, stored_format(run.fmt, shape), axis)
+        for name, (shape, axis) in ((name, shapes[name]) for name in layer_weights(baseline.state))
+    }
+
+
+def _beside(strategy: str, setting: str) -> str:
+    """The setting of a control: whose it is."""
+    return f"as {strategy} {setting}".strip()
+
+
+def control_models(run: Run, baseline: Model, chosen: Model, digits: HeldOut) -> Iterator[Judged]:
     """Models that save as many bytes as `chosen`, or as nearly as whole tensors allow, by choices that know nothing
-    of Fisher information: `draws` random ones, that of the smallest weights, and uniform at the nearest width."""
-    shapes, names = tensor_shapes(baseline.config), layer_weights(baseline.state)
-    savings = {}
-    for name in names:
-        shape, axis = shapes[name]
-        savings[name] = stored_bytes(shape, "fp32") - stored_bytes(shape, stored_format(run.fmt, shape), axis)
-    total = sum(savings[name] for name in names if chosen.formats[name] != "fp32")
-    beside = f"as {chosen.metadata['strategy']} {chosen.metadata['setting']}".strip()
-    for draw in range(draws):
-        metadata = quantized_metadata(run, baseline, "Random", beside, draw=draw + 1)
-        order = random_order(names, run.sampling.seed, draw)
-        yield baseline.quantize(within(order, savings, total), run.fmt, metadata)
+    of Fisher information: that of the smallest weights, the next larger where one does not fit, and uniform at the
+    nearest width."""
+
+    savings = savings_of(run, baseline)
+    total = sum(saved for name, saved in savings.items() if chosen.formats[name] != "fp32")
+    beside = _beside(chosen.metadata["strategy"], chosen.metadata["setting"])
     metadata = quantized_metadata(run, baseline, "Smallest weights", beside)
-    yield baseline.quantize(within(smallest_first(baseline.state, names), savings, total), run.fmt, metadata)
-    uniform_sizes = {fmt: size_mib(baseline.config, dict.fromkeys(names, fmt)) for fmt in FORMATS[1:]}
+    smallest = within(smallest_first(baseline.state, list(savings)), savings, total)
+    model = baseline.quantize(smallest, run.fmt, metadata)
+    yield Judged(model, digits.increase(model), size_apart=abs(model.size_mib() / chosen.size_mib() - 1))
+    uniform_sizes = {fmt: size_mib(baseline.config, dict.fromkeys(savings, fmt)) for fmt in FORMATS[1:]}
     nearest = replace(run, fmt=nearest_format(uniform_sizes, chosen.size_mib()))
     if nearest.fmt != run.fmt:
-        yield uniform(nearest, baseline)
+        model = uniform(nearest, baseline)
+        yield Judged(model, digits.increase(model))
 
 
-def run_models(options: argparse.Namespace, build: Callable[[Run, Evaluator, Model], Iterable[Model]]) -> None:
+def run_models(options: argparse.Namespace, build: Callable[[Run, Evaluator, Model], Iterable[Model | Judged]]) -> None:
     """Baseline and uniform rows, then one row for each model that `build` makes of the baseline.
 
     What `build` does at once comes before anything is sampled; the models may be made as they are asked for."""
@@ -121,7 +175,7 @@ def measure_models(
     origin: str | None,
     baseline: Model | None,
     baseline_path: Path,
-    models: Iterable[Model],
+    models: Iterable[Model | Judged],
 ) -> list[Row]:
     """The rows of the real digits, the baseline (where there is one) and the models, which all came from the baseline
     of hash `origin`.
@@ -141,18 +195,19 @@ def measure_models(
     if baseline is not None:
         original = evaluator.measure(baseline)
         keep(baseline_row(settings, baseline, original, baseline_path))
-    for model in models:
+    for made in models:
+        model, said = (made.model, made.said()) if isinstance(made, Judged) else (made, {})
         path = packed_file(run.out, model)
         if distributed.rank() == 0:
             save_model(path, model)
         distributed.barrier()
-        keep(model_row(settings, model, evaluator.measure(model), original, path))
+        keep(model_row(settings, model, evaluator.measure(model), original, path, **said))
     return list(rows.values())
 
 
 def print_rows(run: Run, rows: list[Row]) -> None:
     print(format_table(rows))
-    print(format_nearest(rows) + format_kept(rows))
+    print("\n".join(filter(None, [format_nearest(rows), format_losses(rows), format_kept(rows)])))
     print(f"rows: {run.results.path}; packed models: {run.out / 'models'}/")
     print(f"all rows and figures: python -m common report --preset {run.preset_name} --out {run.out}")
 
@@ -205,10 +260,11 @@ def run_baseline(
         print(f"found trained: {run.checkpoint} ({model.metadata['digits_seen']:,} digits seen); --retrain trains anew")
         evaluator = make_evaluator(run)
     print(format_tensors(model, fisher_table(run, model)))
-    rows = measure_models(run, evaluator, model.sha256, model, run.checkpoint, [uniform(run, model)])
+    models = [uniform(run, model, options.rounding)]
+    rows = measure_models(run, evaluator, model.sha256, model, run.checkpoint, models)
     if model.metadata.get("training", {}).get("data") == run.data:
-        training, held_out = (load_digits(run.data, part, run.data_dir) for part in ("train", "test"))
-        rows = compared_with_training(rows, training, held_out, run.device)
+        training, test = (load_digits(run.data, part, run.data_dir) for part in ("train", "test"))
+        rows = compared_with_training(rows, training, test, run.device)
         if distributed.rank() == 0:
             run.results.add(rows)
     print_rows(run, rows)

@@ -121,6 +121,7 @@ def main():
     parts.add_argument("--sensitivity", action="store_true", help="what python -m common sensitivity measured alone")
     options = parser.parse_args()
 
+    from common.study.held_out import format_losses
     from common.study.run import choose_preset
 
     folder = options.out or Path("results") / choose_preset(options.preset, None)[0]
@@ -137,8 +138,8 @@ def main():
     groups = group_rows(rows)
     for group in [] if options.frontier else groups:
         print(format_markdown(group) if options.markdown else format_table(group))
-        if said := format_nearest(group):
-            print(said)
+        for said in filter(None, (format_nearest(group), format_losses(group))):
+            print(f"\n{said.strip()}")
     if options.markdown:
         return
 

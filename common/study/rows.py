@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.options import CURVATURES
-from common.presets import FORMATS
+from common.presets import FORMATS, ROUNDINGS
 from common.runtime.files import locked, write_atomically
 
 REAL, BASELINE = "Real test digits", "Baseline"  # strategies of the rows that others are compared with
@@ -52,9 +52,12 @@ class Row:
     strategy, setting: the rule and its number; variant: what stands in its place or was done beyond it ("finetuned",
     "magnitude", ...), with `draw` or `updates` as its number. format: that of the quantized tensors ("entropy" where
     all are coded together). published: (FID, MiB) of the row published for it. formats: of each tensor; kept: the
-    weights of layers 1 to 6 that stay FP32, by layer. curvature: "gauss-newton" where its values decided; None where
-    Fisher values did, or nothing of the kind. nearest_training_digit, training_digit_excess: see
-    `common.metrics.memorised`; of the baseline and the real digits alone.
+    weights of layers 1 to 6 that stay FP32, by layer. rounding: how integers were chosen, where not to the nearest.
+    curvature: "gauss-newton" where its values decided; None where Fisher values did, or nothing of the kind.
+    nearest_training_digit, training_digit_excess: see `common.metrics.memorised`; of the baseline and the real digits
+    alone. loss_increase: over the baseline's on held-out digits; place: (how many of the permutations of its Fisher
+    values do as well or better, of how many); size_apart: the largest difference of their sizes from the row's, or of a
+    control's from its rule's, as a share.
     """
 
     label: str
@@ -84,6 +87,10 @@ class Row:
     training_digit_excess: Figure | None = None
     formats: dict[str, str] | None = None
     kept: dict[str, list[str]] | None = None
+    rounding: str | None = None
+    loss_increase: Figure | None = None
+    place: tuple[int, int] | None = None
+    size_apart: float | None = None
 
     @property
     def identity(self) -> tuple:
@@ -111,6 +118,8 @@ _TEXTS = ("label", "strategy", "setting", "variant", "format", "timestep_weighti
 _PATHS = ("file", "image_file")  # which may hold any character
 _COUNTS = ("draw", "updates", "digits_seen")
 _SIZES = ("size_mib", "file_mib")
+_LOSSES = ("loss_increase",)  # figures that may be negative
+_NOT_ALWAYS = (*_LOSSES, "place", "size_apart", "nearest_training_digit", "training_digit_excess")
 
 
 def row_from_json(flat: dict) -> Row:
@@ -122,10 +131,10 @@ def row_from_json(flat: dict) -> Row:
         if key not in flat:
             raise ValueError(f"{key} is missing")
     values["settings"] = _settings(flat)
-    for key in _FIGURES:
+    for key in (*_FIGURES, *_LOSSES):
         if key in flat:
             value, error = _number(key, flat.pop(key)), _number(f"{key}_error", flat.pop(f"{key}_error", None))
-            if error < 0 or (value < -1e-6 and key not in _SIGNED):
+            if error < 0 or (value < -1e-6 and key not in (*_SIGNED, *_LOSSES)):
                 raise ValueError(f"{key} of {value:g} ± {error:g} cannot be")
             values[key] = Figure(value, error)
     for key, value in flat.items():
@@ -177,6 +186,14 @@ def checked(key: str, value):
         valid = isinstance(value, dict) and all(
             isinstance(names, list) and all(isinstance(name, str) for name in names) for names in value.values()
         )
+    elif key == "rounding":
+        valid = value in ROUNDINGS
+    elif key == "place":
+        value = tuple(value) if isinstance(value, list) else value
+        pair = isinstance(value, tuple) and len(value) == 2 and all(type(v) is int for v in value)
+        valid = pair and 0 <= value[0] <= value[1]
+    elif key == "size_apart":
+        valid = _number(key, value) >= 0
     else:
         raise ValueError(f"{str(key)[:40]!r} is unknown")
     if not valid:
@@ -222,16 +239,14 @@ class ResultStore:
         return rows
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Adds rows; those of the same identity are replaced where they stand. What is known of copies of training
-        digits stays, since not every command measures it."""
+        """Adds rows; those of the same identity are replaced where they stand, but for what the new one does not say of
+        the loss or of copies of training digits: the same weights have the same."""
         with locked(self.path):
             kept = {row.identity: row for row in self.rows()}
             for row in rows:
-                known = kept.get(row.identity)
-                if known is not None and row.nearest_training_digit is None:
-                    figures = known.nearest_training_digit, known.training_digit_excess
-                    row = replace(row, nearest_training_digit=figures[0], training_digit_excess=figures[1])
-                kept[row.identity] = row
+                before = kept.get(row.identity, row)
+                known = {key: getattr(before, key) for key in _NOT_ALWAYS if getattr(row, key) is None}
+                kept[row.identity] = replace(row, **known)
             lines = [json.dumps(row.to_json(), sort_keys=True, allow_nan=False) + "\n" for row in kept.values()]
             write_atomically(self.path, "".join(lines).encode())
 

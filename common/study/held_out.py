@@ -1,0 +1,108 @@
+"""Models judged by the loss on held-out digits, which costs a second where sampling costs a minute."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from common.ddpm.digits import load_digits, to_model_range
+from common.ddpm.noise import NoiseStreams
+from common.ddpm.schedule import Schedule
+from common.formats.packed import Model
+from common.runtime import distributed
+from common.runtime.device import derive_seed
+from common.study.rows import Figure, Row
+from common.study.run import Run
+from common.study.sensitivity import digit_losses
+
+DIGITS = 200
+FID_DRAWS = 2  # of a row's permutations: so many are sampled too
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model, and what its row says of its loss."""
+
+    model: Model
+    loss_increase: Figure
+    place: tuple[int, int] | None = None
+    size_apart: float | None = None
+
+    def said(self) -> dict:
+        """{field of a row: value}"""
+        return {"loss_increase": self.loss_increase, "place": self.place, "size_apart": self.size_apart}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Digits x0 (N, 1, 32, 32), their timesteps (N,) and noise, the same for all models; before (N,): the loss of each
+    with the baseline."""
+
+    schedule: Schedule
+    x0: torch.Tensor
+    t: torch.Tensor
+    noise: torch.Tensor
+    before: np.ndarray
+
+    def increase(self, model: Model) -> Figure:
+        """The mean increase of the loss over the baseline's, and its standard error over digits (paired)."""
+        more = distributed.on_first(lambda: self._losses(model)) - self.before
+        return Figure(float(more.mean()), float(more.std(ddof=1) / len(more) ** 0.5))
+
+    def _losses(self, model: Model) -> np.ndarray:
+        return digit_losses(model.network().to(self.x0.device), self.schedule, self.x0, self.t, self.noise)
+
+
+def held_out(run: Run, baseline: Model) -> HeldOut:
+    """`DIGITS` test digits, or all where there are fewer, at timesteps spread evenly: those that python -m common
+    sensitivity takes."""
+    digits = load_digits(run.data, "test", run.data_dir)
+    seed, timesteps = derive_seed(run.sampling.seed, "sensitivity"), baseline.config.timesteps
+    chosen = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))[:DIGITS]
+    x0, n = to_model_range(digits[chosen]).to(run.device), len(chosen)
+    t = ((torch.arange(n, device=run.device) + 0.5) * timesteps / n).long()
+    noise, schedule = NoiseStreams(seed, range(n)).draw(run.device), Schedule(timesteps, run.device)
+    before = distributed.on_first(lambda: digit_losses(baseline.network().to(run.device), schedule, x0, t, noise))
+    return HeldOut(schedule, x0, t, noise, before)
+
+
+def judge(digits: HeldOut, model: Model, draws: Iterable[Model]) -> Iterator[Judged]:
+    """The model with its place among the `draws`, models of a null hypothesis, and then the first `FID_DRAWS` of these.
+
+    place: (how many of the draws have a loss as low or lower, how many there are). One that chose as the model did has
+    the same loss, and speaks against it: so p = (lower + 1) / (draws + 1) is that of a permutation test.
+    """
+    own, size = digits.increase(model), model.size_mib()
+    lower = count = 0
+    apart, sampled = 0.0, []
+    for draw in draws:
+        increase = digits.increase(draw)
+        lower, count = lower + (increase.value <= own.value), count + 1
+        apart = max(apart, abs(draw.size_mib() / size - 1))
+        if count <= FID_DRAWS:
+            sampled.append(Judged(draw, increase))
+    yield Judged(model, own, (lower, count), apart)
+    yield from sampled
+
+
+def format_losses(rows: list[Row]) -> str:
+    """A line for each of the rows whose loss on held-out digits was measured; empty where none was."""
+    return "\n".join(_line(row) for row in rows if row.loss_increase is not None)
+
+
+def _line(row: Row) -> str:
+    text = f"{row.label}: loss on held-out digits {_signed(row.loss_increase)}"
+    if row.place is None:
+        return text + ("" if row.size_apart is None else f"; its size differs by {row.size_apart:.1%}")
+    lower, draws = row.place
+    return (
+        f"{text}; {lower} of {draws} permutations of its Fisher values do as well or better "
+        f"(p = {(lower + 1) / (draws + 1):.2g}); their sizes differ by at most {row.size_apart or 0:.1%}"
+    )
+
+
+def _signed(figure: Figure) -> str:
+    """Value and error to two digits of the error."""
+    digits = 2 if not figure.error > 0 else max(0, 1 - int(np.floor(np.log10(figure.error))))
+    return f"{figure.value:+.{digits}f} ± {figure.error:.{digits}f}"

@@ -1,0 +1,68 @@
+"""What does each part of layer_budget.py buy? One part after the other, in files of equal size.
+
+    python -m common waterfall --preset quick --times 10 13 16
+
+At each size, with steps by Fisher information: codes to the nearest ("nearest"); those whose fewer bits pay for their
+error ("no feedback"); and with feedback, which is all of layer_budget.py. Then all parts with steps by something else:
+Gauss-Newton values, mean squared weights ("magnitude"), or the same for all ("unweighted").
+Each is a row, and its increase of the loss on held-out digits stands below the table.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from common.fisher.information import WORDS
+from common.formats.packed import MIB, Model
+from common.options import bounded_float, number, script_parser
+from common.study.budget_models import EntropyCoding, Maker, other_values, require_reachable, tensor_values
+from common.study.held_out import Judged, held_out
+from common.study.pipeline import run_models
+from common.study.run import Run
+
+
+def models(run: Run, baseline: Model, limits: dict[str, int], others: dict[str, dict[str, float]]) -> Iterator[Judged]:
+    """One for each limit, {what was asked for: bytes}, and part.
+
+    others: {variant: {tensor: value}}, what else may decide the steps. Raises UserError at once, before any work, for a
+    limit that is too small.
+    """
+    require_reachable(run, baseline, "entropy", limits)
+    maker, digits = Maker(run, baseline, "entropy"), held_out(run, baseline)
+    whole = EntropyCoding(baseline, maker.feedback)
+    parts = {
+        "nearest": (EntropyCoding(baseline, {}, price=0.0), maker.values),
+        "no feedback": (EntropyCoding(baseline, {}), maker.values),
+        None: (whole, maker.values),
+    }
+    parts |= {variant: (whole, v) for variant, v in (others | other_values(baseline.state, maker.values)).items()}
+
+    def made() -> Iterator[Judged]:
+        for asked, limit in limits.items():
+            for variant, (coding, values) in parts.items():
+                model = maker.fit(limit, values, maker.metadata(asked, variant), coding)
+                yield Judged(model, digits.increase(model))
+
+    return made()
+
+
+def main():
+    parser = script_parser(__doc__, fisher=True)
+    parser.add_argument(
+        "--times",
+        type=bounded_float(1, 1e6, 10),
+        nargs="+",
+        default=[10.0, 13.0, 16.0],
+        metavar="X",
+        help="files X times smaller than FP32's tensors",
+    )
+    parser.set_defaults(timestep_weighting="image")
+    options = parser.parse_args()
+
+    def build(run, evaluator, baseline):
+        size = baseline.size_mib() * MIB
+        limits = {f"{number(times)}x": int(size / times) for times in options.times}
+        other = next(curvature for curvature in WORDS if curvature != run.curvature)
+        values = tensor_values(replace(run, curvature=other), baseline)
+        return models(run, baseline, limits, others={WORDS[other]: values})
+
+    run_models(options, build)
