@@ -18,7 +18,7 @@ from common.fisher.information import fisher_information
 from common.formats import entropy
 from common.formats.numbers import stored_bytes
 from common.formats.packed import MIB, file_bytes, full_precision, load_model, save_model
-from common.study import budget_models
+from common.study import budget_models, budget_search
 from common.study.budget_models import EntropyCoding, FixedWidths
 from common.study.run import preset_checkpoint
 
@@ -304,11 +304,11 @@ def test_size_or_times_is_asked_for(script, capfd):
 @pytest.mark.parametrize("jump", [13.7, 16.3, 31.0, 1.2])
 def test_search_finds_where_models_cease_to_be_acceptable(jump):
     tried = []
-    within, beyond = budget_models.search(lambda times: tried.append(times) or times < jump, 300.0)
+    within, beyond = budget_search.search(lambda times: tried.append(times) or times < jump, 300.0)
     assert within in tried and beyond in tried and within < jump <= beyond
     assert 1 < beyond / within <= 1.06
-    said = budget_models.describe_search(within, beyond, dict.fromkeys(tried))
-    assert f"standard error of FP32's: {within:g}; the next tried, {beyond:g}, is not" in said
+    said = budget_search.describe_search(within, beyond, tried, 0.02)
+    assert f"margin of 0.0200: {within:g}; of the next tried, {beyond:g}, they do not" in said
 
 
 def test_a_tensor_that_the_loss_does_not_reach_costs_nothing():
@@ -322,15 +322,15 @@ def test_a_tensor_that_the_loss_does_not_reach_costs_nothing():
 
 def test_search_stops_where_there_is_nothing_smaller_or_nothing_acceptable():
     tried = []
-    assert budget_models.search(lambda times: tried.append(times) or True, 21.0) == (20.0, None)
+    assert budget_search.search(lambda times: tried.append(times) or True, 21.0) == (20.0, None)
     assert tried == [16.0, 20.0]
-    assert ": 20; nothing larger was tried" in budget_models.describe_search(20.0, None, dict.fromkeys(tried))
+    assert ": 20; nothing larger was tried" in budget_search.describe_search(20.0, None, tried, 0.02)
     tried = []
-    assert budget_models.search(lambda times: tried.append(times) or False, 1.5) == (None, 1.2)
+    assert budget_search.search(lambda times: tried.append(times) or False, 1.5) == (None, 1.2)
     assert tried == [1.5, 1.2]
-    said = budget_models.describe_search(None, 1.2, dict.fromkeys(tried))
-    assert "no factor that was tried, 1.2, 1.5, keeps within" in said
-    budget_models.search(lambda times: tried.append(times) or times < 14.8, 14.853)
+    said = budget_search.describe_search(None, 1.2, tried, 0.02)
+    assert "no factor that was tried, 1.2, 1.5, is small enough a cost" in said
+    budget_search.search(lambda times: tried.append(times) or times < 14.8, 14.853)
     assert max(tried) <= 14.853
 
 

@@ -1,9 +1,9 @@
-"""Models that fit a size: the baseline coded in files of given limits, or in the smallest that loses nothing."""
+"""Models that fit a size: the baseline coded in files of given limits, or in the smallest that costs little."""
 
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -24,12 +24,13 @@ from common.formats.packed import MIB, Model, file_bytes, load_model, save_model
 from common.options import number
 from common.runtime import distributed
 from common.runtime.files import remove
+from common.study.budget_search import describe_confirmation, describe_search, lies_below, margin_of, search
 from common.study.diffusion_fisher import fisher_table, rounding_feedback, training_digits
 from common.study.evaluate import Evaluator
+from common.study.rows import Figure
 from common.study.run import Run, training_precision
 from common.training.finetune import finetune, sampler_of_digits, state_key
 
-START, STRIDE, RESOLUTION = 16.0, 1.25, 1.06  # of the search for a factor
 GROWTH = 0.01  # of the file, for codes to become longer in finetuning
 
 
@@ -137,9 +138,10 @@ def build(
     limits: dict[str, int],
     updates: int | None,
     draws: int | None,
+    share: float,
 ) -> Iterator[Model]:
     """One model for each limit, {what was asked for: bytes}; without limits those of `search`, finetuned where
-    `updates` are given.
+    `updates` are given, for a margin that is this `share` of the baseline's FID.
 
     After each one with so many `updates` of finetuning, and those of `other_values` with so many random `draws`.
 
@@ -158,7 +160,7 @@ def build(
     maker = Maker(run, baseline, coding)
     if limits:
         return _build_to_limits(maker, limits, updates, draws)
-    return _build_by_search(maker, evaluator, updates, size / least)
+    return _build_by_search(maker, evaluator, updates, size / least, share)
 
 
 def _build_to_limits(maker: "Maker", limits: dict[str, int], updates: int | None, draws: int | None) -> Iterator[Model]:
@@ -170,18 +172,30 @@ def _build_to_limits(maker: "Maker", limits: dict[str, int], updates: int | None
             yield maker.fit(limit, values, maker.metadata(asked, variant, **more))
 
 
-def _build_by_search(maker: "Maker", evaluator: Evaluator, updates: int | None, most: float) -> Iterator[Model]:
+def _build_by_search(
+    maker: "Maker", evaluator: Evaluator, updates: int | None, most: float, share: float
+) -> Iterator[Model]:
+    """The models that `search` tried, least factor first. One is acceptable where the paired difference of its unbiased
+    FID to FP32's, and two standard errors more, lie below the margin (`margin_of`): fewer images, whose errors are
+    larger, find a smaller factor. The largest is then measured again, on noise that had no part in the search."""
     size = maker.baseline.size_mib() * MIB
-    reference = evaluator.measure(maker.baseline).scores.fid
+    reference = evaluator.measure(maker.baseline).scores.fid_unbiased
+    margin = margin_of(reference, share)
     tried: dict[float, Model] = {}
 
     def acceptable(times: float) -> bool:
         *_, model = maker.make(f"{number(times)}x", int(size / times), updates)
-        difference, error = evaluator.measure(model).scores.fid.minus(reference)
+        difference = Figure(*evaluator.measure(model).scores.fid_unbiased.minus(reference))
         tried[times] = replace(model)  # without the unpacked weights
-        return difference <= error
+        return lies_below(difference, margin)
 
-    print(describe_search(*search(acceptable, most), tried))
+    low, high = search(acceptable, most)
+    print(describe_search(low, high, list(tried), margin))
+    if low is not None:
+        fresh = replace(evaluator, sampling=replace(evaluator.sampling, seed=evaluator.sampling.seed + evaluator.seeds))
+        again = fresh.measure(tried[low]).scores.fid_unbiased
+        difference = Figure(*again.minus(fresh.measure(maker.baseline).scores.fid_unbiased))
+        print(describe_confirmation(low, difference, margin, fresh.sampling.seed, fresh.seeds))
     yield from (tried[times] for times in sorted(tried))
 
 
@@ -277,35 +291,3 @@ def other_values(
     for draw in range(draws):
         order = random_order(list(values), seed, draw)
         yield "random", draw + 1, dict(zip(values, (values[name] for name in order), strict=True))
-
-
-def search(acceptable: Callable[[float], bool], most: float) -> tuple[float | None, float | None]:
-    """The largest factor found acceptable, and the smallest that is larger and is not; None where none was found.
-
-    Walks from `START` in strides to where acceptable(times) changes, then halves the last stride until `RESOLUTION`.
-    Factors lie in 1..`most`.
-    """
-    low = high = None
-    times = min(START, math.floor(10 * most) / 10)
-    while 1 <= times <= most:
-        if acceptable(times):
-            low = times
-        else:
-            high = times
-        if low is None:
-            times = float(f"{high / STRIDE:.3g}")
-        elif high is None:
-            times = float(f"{low * STRIDE:.3g}")
-        elif high / low > RESOLUTION:
-            times = float(f"{(low * high) ** 0.5:.3g}")
-        else:
-            break
-    return low, high
-
-
-def describe_search(low: float | None, high: float | None, tried: dict[float, Model]) -> str:
-    if low is None:
-        factors = ", ".join(f"{times:g}" for times in sorted(tried))
-        return f"no factor that was tried, {factors}, keeps within one standard error"
-    further = "nothing larger was tried" if high is None else f"the next tried, {high:g}, is not"
-    return f"largest factor whose FID is within one standard error of FP32's: {low:g}; {further}"
