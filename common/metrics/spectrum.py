@@ -11,6 +11,7 @@ covariance is known here).
 import numpy as np
 
 NODES = 32  # of the quadrature in each interval
+LEAST_GAP = 0.02  # between eigenvalues l, of l / n
 NEAR = 0.05  # eigenvalues nearer than this share of the interval below them are as good as equal
 HALVINGS = 52  # of the intervals in which the zeros lie: to the precision of float64
 
@@ -24,7 +25,8 @@ def root_trace(eigenvalues: np.ndarray, freedom: int, dimensions: int) -> tuple[
 
     Where n < dimensions the contour stops at zero, for `_beyond_zero` to continue.
     """
-    values, n, count = np.asarray(eigenvalues, np.float64), freedom, len(eigenvalues)
+    n, count = freedom, len(eigenvalues)
+    values = _apart(np.asarray(eigenvalues, np.float64), n)
     short = count == n < dimensions
     width = _distance_to_zeros(values, n, to_zero=short)
     distance = values - values[:, None]  # (i, j): l_j - l_i
@@ -52,11 +54,16 @@ def root_trace(eigenvalues: np.ndarray, freedom: int, dimensions: int) -> tuple[
     return float(trace), derivative
 
 
+def _apart(values: np.ndarray, n: int) -> np.ndarray:
+    """Eigenvalues of which no two are equal, or so near that the quadrature would have to be finer."""
+    least = LEAST_GAP / n * values
+    return values + least * np.cumsum(np.diff(values, prepend=0.0) < least)
+
+
 def _distance_to_zeros(values: np.ndarray, n: int, to_zero: bool) -> np.ndarray:
     """(K,): how far below each eigenvalue the next zero of m lies; the zeros are those of sum_j l_j / (l_j - x) = n.
     The lowest interval reaches to 0 where `to_zero`."""
-    gap = np.maximum(np.diff(values, prepend=0.0), 1e-15 * values)  # equal eigenvalues have none
-    low, high = np.zeros_like(values), gap.copy()
+    low, high = np.zeros_like(values), np.diff(values, prepend=0.0)
     distance = values - values[:, None]
     for _ in range(HALVINGS):
         middle = (low + high) / 2

@@ -48,12 +48,12 @@ def search(acceptable: Callable[[float], bool], most: float) -> tuple[float | No
 
 
 def describe_search(low: float | None, high: float | None, tried: list[float], margin: float) -> str:
-    rule = f"unbiased FID less FP32's, and two errors more, lie below the margin of {margin:.4f}"
+    rule = f"less than the margin of {margin:.4f} (unbiased FID less FP32's, two standard errors included)"
     if low is None:
         factors = ", ".join(f"{times:g}" for times in sorted(tried))
-        return f"no factor that was tried, {factors}, is small enough a cost: in none does the {rule}"
-    further = "nothing larger was tried" if high is None else f"of the next tried, {high:g}, they do not"
-    return f"largest factor whose {rule}: {low:g}; {further}"
+        return f"no factor that was tried, {factors}, costs {rule}"
+    further = "nothing larger was tried" if high is None else f"the next tried, {high:g}, may cost more"
+    return f"largest factor that costs {rule}: {low:g}; {further}"
 
 
 def describe_confirmation(times: float, difference: Figure, margin: float, first: int, seeds: int) -> str:
