@@ -1,7 +1,7 @@
 """The least Fisher-weighted error at a given size: Fisher information decides how coarsely each tensor is stored.
 
     python layer_budget.py --times 10 13 16             # files 10, 13 and 16 times smaller than the FP32 tensors
-    python layer_budget.py --times auto                 # the smallest whose FID is within one standard error of FP32's
+    python layer_budget.py --times auto --margin 0.1    # the smallest that surely adds less than a tenth to the FID
     python layer_budget.py --times 16 --finetune 1000   # and a row whose codes were trained for 1000 updates
     python layer_budget.py --size 0.8 --coding fixed    # a width for each tensor, a file of at most 0.8 MiB
     python layer_budget.py --times 10 --controls 20     # and whether Fisher values do better than chance
@@ -14,7 +14,7 @@ there is under the size, and rounds with the same care (--rounding). The file co
 """
 
 from common.errors import run_main
-from common.options import bounded_float, number, positive_int, strategy_parser
+from common.options import LARGEST_SEED, bounded_float, number, positive_int, strategy_parser
 from common.presets import ROUNDINGS
 
 
@@ -26,6 +26,13 @@ def main():
     )
     sizes.add_argument(
         "--times", type=factor, nargs="+", metavar="X", help="files X times smaller than FP32's tensors; or auto"
+    )
+    parser.add_argument(
+        "--margin",
+        type=bounded_float(1e-3, 1e3, 0.25),
+        metavar="SHARE",
+        help="of --times auto: the unbiased FID may exceed FP32's by this share of it, with two errors to spare; "
+        "default: 0.25",
     )
     parser.add_argument("--coding", choices=("entropy", "fixed"), default="entropy", help="what the file stores")
     parser.add_argument(
@@ -46,6 +53,10 @@ def main():
         parser.error("argument --times: auto stands alone")
     if options.controls and options.times and "auto" in options.times:
         parser.error("argument --controls: goes with given sizes only, not with --times auto")
+    if options.margin is not None and not (options.times and "auto" in options.times):
+        parser.error("argument --margin: goes with --times auto only")
+    if options.times and "auto" in options.times and options.seed + 2 * options.seeds - 1 > LARGEST_SEED:
+        parser.error(f"argument --seed: --times auto confirms on the seeds after --seeds, up to {LARGEST_SEED}")
     if options.finetune and options.coding != "entropy":
         parser.error("argument --finetune: goes with --coding entropy only")
 
@@ -56,6 +67,8 @@ def main():
     from common.study.budget_models import build
     from common.study.pipeline import run_models
 
+    share = 0.25 if options.margin is None else options.margin
+
     def models(run, evaluator, baseline):
         if options.size:
             limits = {f"{number(size)} MiB": int(size * MIB) for size in options.size}
@@ -64,7 +77,8 @@ def main():
         else:
             limits = {f"{number(times)}x": int(baseline.size_mib() * MIB / times) for times in options.times}
         rounding = options.rounding or ("feedback" if options.coding == "fixed" else "nearest")
-        return build(run, evaluator, baseline, options.coding, limits, options.finetune, options.controls, rounding)
+        wanted = options.coding, limits, options.finetune, options.controls, share, rounding
+        return build(run, evaluator, baseline, *wanted)
 
     run_models(options, models)
 

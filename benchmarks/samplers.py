@@ -42,21 +42,21 @@ def main():
         one = replace(evaluator, sampling=sampling)
         measured = one.measure(baseline)
         rows.append(baseline_row(settings_of(run, one, baseline.sha256), baseline, measured, run.checkpoint))
-        fids.append(measured.scores.fid)
+        fids.append(measured.scores.fid_unbiased)
         if distributed.rank() == 0:
             run.results.add(rows[-1:])
     print(format_samplers(rows, [fid.minus(fids[-1]) for fid in fids]))
 
 
 def format_samplers(rows: list[Row], differences: list[tuple[float, float]]) -> str:
-    """A table of rows, the last of them DDPM's, with (difference of FID to it, standard error) of each."""
-    lines = [f"\n{'sampler':24}{'FID':>18}{'FID - DDPM':>18}{'Score':>18}"]
+    """A table of rows, the last of them DDPM's, with (difference of the unbiased FID to it, standard error) of each."""
+    lines = [f"\n{'sampler':24}{'unbiased FID':>18}{'FID - DDPM':>18}{'Score':>18}"]
     near = []
     for row, (difference, error) in zip(rows, differences, strict=True):
         used = row.settings
         method = f"{used.sampler} {used.steps}, eta {used.eta:g}"
         ddpm = f"{difference:+.3f} ± {error:.3f}"
-        lines.append(f"{method:24}{row.fid.text(3):>18}{ddpm:>18}{row.inception_score.text(3):>18}")
+        lines.append(f"{method:24}{row.fid_unbiased.text(3):>18}{ddpm:>18}{row.inception_score.text(3):>18}")
         if difference <= error:
             near.append((used.steps, used.sampler))
     steps, sampler = min(near)

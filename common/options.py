@@ -121,7 +121,7 @@ def script_parser(description: str, *, formats: bool = False, fisher: bool = Fal
     if formats or fisher:
         _add_quantization(parser.add_argument_group("quantization"), formats, fisher)
     parser.set_defaults(
-        samples=samples, images=None, sampler=None, steps=None, eta=None, batch_size=None, precision="fp32",
+        samples=samples, images=None, seeds=1, sampler=None, steps=None, eta=None, batch_size=None, precision="fp32",
         metric="mnist", inception_weights=None,
     )  # fmt: skip
     if samples:
@@ -164,6 +164,12 @@ def _former_weighting(text: str) -> str:
 def _add_sampling(group) -> None:
     group.add_argument(
         "--images", type=whole_number(1, MOST_IMAGES), metavar="N", help="of each model; default: the preset's"
+    )
+    group.add_argument(
+        "--seeds",
+        type=whole_number(1, 1000),
+        metavar="N",
+        help="draws of --images images, of --seed and the seeds after it; a row has the mean over them",
     )
     group.add_argument("--sampler", choices=("ddpm", "ddim", "dpm++"), help="default: the preset's")
     group.add_argument(

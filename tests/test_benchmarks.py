@@ -80,7 +80,7 @@ def test_samplers_names_the_fewest_steps_that_are_near():
     rows = [
         SimpleNamespace(
             settings=SimpleNamespace(sampler=sampler, steps=steps, eta=1.0),
-            fid=Figure(fid, 0.01),
+            fid_unbiased=Figure(fid, 0.01),
             inception_score=Figure(9.0, 0.1),
         )
         for sampler, steps, fid in (("ddim", 10, 0.4), ("ddim", 50, 0.21), ("ddim", 100, 0.2), ("ddpm", 1000, 0.2))

@@ -18,8 +18,10 @@ from common.fisher.information import fisher_information
 from common.formats import entropy
 from common.formats.numbers import stored_bytes
 from common.formats.packed import MIB, file_bytes, full_precision, load_model, save_model
-from common.study import budget_models
-from common.study.budget_models import EntropyCoding, FixedWidths
+from common.metrics.estimate import Estimate
+from common.study import budget_models, budget_search
+from common.study.codings import EntropyCoding, FixedWidths
+from common.study.rows import Figure
 from common.study.run import preset_checkpoint
 
 
@@ -305,9 +307,39 @@ def test_finetuning_goes_with_entropy_coding(script, capfd):
 
 
 def test_auto_tries_finetuned_models_where_finetuning_is_asked_for(script, monkeypatch):
-    monkeypatch.setattr(budget_models, "search", lambda acceptable, most: (acceptable(9), None))
+    monkeypatch.setattr(budget_models, "search", lambda acceptable, most: (9.0 if acceptable(9) else None, None))
     (row,) = script("--times", "auto", "--finetune", "3")
     assert row["label"] == "Budget 9x, 3 updates (entropy)"
+
+
+def test_a_factor_is_accepted_where_its_upper_bound_lies_below_the_margin():
+    spread = np.array([-1.0, 1.0] * 50)  # an error of 0.1005
+    assert budget_search.margin_of(Estimate(2.0, spread), 0.25) == 0.5
+    error = Estimate(0.0, spread).error
+    for value in (error / 2, 0.0, -3.0):  # the baseline is as good as can be told: a margin all the same
+        assert budget_search.margin_of(Estimate(value, spread), 0.25) == pytest.approx(0.25 * error) and error > 0.1
+    for value, error, accepted in ((0.3, 0.09, True), (0.3, 0.11, False), (-1.0, 0.8, False), (0.49, 0.0, True)):
+        assert budget_search.lies_below(Figure(value, error), 0.5) is accepted
+
+
+@pytest.mark.parametrize(("margin", "holds"), [(1000.0, "holds there too"), (-1.0, "does not hold there")])
+def test_auto_confirms_on_noise_of_its_own(script, monkeypatch, capfd, margin, holds):
+    found = []
+    monkeypatch.setattr(budget_models, "search", lambda acceptable, most: (found.append(acceptable(9)) or 9.0, None))
+    monkeypatch.setattr(budget_models, "margin_of", lambda reference, share: margin * share)
+    (row,) = script("--times", "auto", "--margin", "1", "--seed", "3", "--seeds", "2")
+    assert (row["label"], row["seed"], row["seeds"]) == ("Budget 9x (entropy)", 3, 2)
+    assert found == [row["fid_unbiased_difference"] + 2 * row["fid_unbiased_difference_error"] < margin]
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if "took no part" in line]
+    assert "in the search, seeds 5 to 6: 9 costs " in line and f"margin {margin:.4f}; it {holds}" in line
+    shown = f"{row['fid_unbiased_difference']:.4f} ± {row['fid_unbiased_difference_error']:.4f}"
+    assert shown not in line  # measured anew
+
+
+def test_margin_goes_with_auto(script, capfd):
+    with pytest.raises(SystemExit) as exit_:
+        script("--times", "9", "--margin", "0.1")
+    assert exit_.value.code == 2 and "argument --margin" in capfd.readouterr().err
 
 
 def test_size_or_times_is_asked_for(script, capfd):
@@ -320,11 +352,11 @@ def test_size_or_times_is_asked_for(script, capfd):
 @pytest.mark.parametrize("jump", [13.7, 16.3, 31.0, 1.2])
 def test_search_finds_where_models_cease_to_be_acceptable(jump):
     tried = []
-    within, beyond = budget_models.search(lambda times: tried.append(times) or times < jump, 300.0)
+    within, beyond = budget_search.search(lambda times: tried.append(times) or times < jump, 300.0)
     assert within in tried and beyond in tried and within < jump <= beyond
     assert 1 < beyond / within <= 1.06
-    said = budget_models.describe_search(within, beyond, dict.fromkeys(tried))
-    assert f"standard error of FP32's: {within:g}; the next tried, {beyond:g}, is not" in said
+    said = budget_search.describe_search(within, beyond, tried, 0.02)
+    assert "margin of 0.0200" in said and f": {within:g}; the next tried, {beyond:g}, may cost more" in said
 
 
 def test_a_tensor_that_the_loss_does_not_reach_costs_nothing():
@@ -338,15 +370,15 @@ def test_a_tensor_that_the_loss_does_not_reach_costs_nothing():
 
 def test_search_stops_where_there_is_nothing_smaller_or_nothing_acceptable():
     tried = []
-    assert budget_models.search(lambda times: tried.append(times) or True, 21.0) == (20.0, None)
+    assert budget_search.search(lambda times: tried.append(times) or True, 21.0) == (20.0, None)
     assert tried == [16.0, 20.0]
-    assert ": 20; nothing larger was tried" in budget_models.describe_search(20.0, None, dict.fromkeys(tried))
+    assert ": 20; nothing larger was tried" in budget_search.describe_search(20.0, None, tried, 0.02)
     tried = []
-    assert budget_models.search(lambda times: tried.append(times) or False, 1.5) == (None, 1.2)
+    assert budget_search.search(lambda times: tried.append(times) or False, 1.5) == (None, 1.2)
     assert tried == [1.5, 1.2]
-    said = budget_models.describe_search(None, 1.2, dict.fromkeys(tried))
-    assert "no factor that was tried, 1.2, 1.5, keeps within" in said
-    budget_models.search(lambda times: tried.append(times) or times < 14.8, 14.853)
+    said = budget_search.describe_search(None, 1.2, tried, 0.02)
+    assert "no factor that was tried, 1.2, 1.5, costs less" in said
+    budget_search.search(lambda times: tried.append(times) or times < 14.8, 14.853)
     assert max(tried) <= 14.853
 
 

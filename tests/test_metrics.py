@@ -16,19 +16,18 @@ from torch_fidelity.metric_kid import kernel_mmd
 
 from common.ddpm.digits import load_digits, pad_digits
 from common.errors import UserError, run_main
-from common.metrics import scores
+from common.metrics import frechet, scores
+from common.metrics.estimate import Estimate
 from common.metrics.features import CLASSIFIER_SHA256, load_features
+from common.metrics.frechet import Reference, fid, frechet_distance, symmetric_root
 from common.metrics.scores import (
-    Estimate,
-    fid,
-    frechet_distance,
     inception_score,
     kid,
     load_reference,
     make_reference,
     psnr,
     require_enough,
-    symmetric_root,
+    squared_errors,
 )
 from common.runtime import sealed
 from common.study import score_folder
@@ -114,7 +113,7 @@ def test_kid_of_sets_of_different_sizes_by_hand():
     # One dimension, kernel (xy + 1)^3; images 0, 1; digits 0, 1, 2.
     # Within images k(0, 1) = 1; within digits (1 + 1 + 27) / 3; across (1 + 1 + 1 + 1 + 8 + 27) / 6.
     features, real = np.array([[0.0], [1.0]]), np.array([[0.0], [1.0], [2.0]])
-    reference = scores.Reference(real.mean(0), np.eye(1), np.eye(1), real, kernel_mean=29 / 3)
+    reference = Reference(real.mean(0), np.eye(1), np.eye(1), real, kernel_mean=29 / 3)
     assert kid(features, reference).value == pytest.approx(1 + 29 / 3 - 2 * 39 / 6, rel=1e-12)
 
 
@@ -160,10 +159,10 @@ def test_score_by_hand():
 def test_psnr_of_a_constant_difference():
     # Mean squared error 100: 10 log10(255^2 / 100) = 28.1308 dB.
     low, high = torch.full((3, 32, 32), 100, dtype=torch.uint8), torch.full((3, 32, 32), 110, dtype=torch.uint8)
-    assert psnr(low, high) == (pytest.approx(28.1308, abs=1e-4), 0.0)
-    assert psnr(high, low) == (pytest.approx(28.1308, abs=1e-4), 0.0)
+    assert psnr(squared_errors(low, high)) == (pytest.approx(28.1308, abs=1e-4), 0.0)
+    assert psnr(squared_errors(high, low)) == (pytest.approx(28.1308, abs=1e-4), 0.0)
     black, white = torch.zeros(3, 32, 32, dtype=torch.uint8), torch.full((3, 32, 32), 255, dtype=torch.uint8)
-    assert psnr(black, white) == (pytest.approx(0.0, abs=1e-12), 0.0)
+    assert psnr(squared_errors(black, white)) == (pytest.approx(0.0, abs=1e-12), 0.0)
 
 
 def test_psnr_averages_the_squared_error_over_images():
@@ -171,7 +170,7 @@ def test_psnr_averages_the_squared_error_over_images():
     a = torch.full((1200, 32, 32), 50, dtype=torch.uint8)
     b = a.clone()
     b[::2, :16, :] += 20
-    value, error = psnr(a, b)
+    value, error = psnr(squared_errors(a, b))
     assert value == pytest.approx(28.1308, abs=1e-4)
     # Error of the mean: 100 * sqrt(1200 / 1199) / sqrt(1200); in decibels 10 / ln 10 times its share of the mean.
     assert error == pytest.approx(10 / np.log(10) / np.sqrt(1199), rel=1e-9)
@@ -179,7 +178,7 @@ def test_psnr_averages_the_squared_error_over_images():
 
 def test_psnr_of_equal_images_is_infinite():
     images = torch.randint(256, (5, 32, 32), dtype=torch.uint8)
-    assert psnr(images, images.clone()) == (float("inf"), 0.0)
+    assert psnr(squared_errors(images, images.clone())) == (float("inf"), 0.0)
 
 
 # Errors
@@ -234,7 +233,7 @@ def test_error_of_fid_agrees_with_its_closed_form():
     # sum_d s_d^2 (4 (m_d - r_d)^2 + 2 (s_d - q_d)^2) / n.
     n, mean, deviation = 100_000, np.array([0.5, 0.0, -0.2]), np.array([1.0, 2.0, 0.5])
     real_mean, real_deviation = np.zeros(3), np.array([1.5, 1.0, 0.5])
-    reference = scores.Reference(real_mean, np.diag(real_deviation**2), np.diag(real_deviation), np.zeros((1, 3)), 0.0)
+    reference = Reference(real_mean, np.diag(real_deviation**2), np.diag(real_deviation), np.zeros((1, 3)), 0.0)
     features = mean + deviation * np.random.default_rng(6).normal(size=(n, 3))
     terms = deviation**2 * (4 * (mean - real_mean) ** 2 + 2 * (deviation - real_deviation) ** 2)
     assert fid(features, reference).error == pytest.approx(np.sqrt(terms.sum() / n), rel=0.02)
@@ -257,10 +256,9 @@ def test_error_of_psnr_agrees_with_the_bootstrap():
     generator = torch.Generator().manual_seed(7)
     a = torch.full((400, 2, 2), 100, dtype=torch.uint8)  # small, for speed
     b = a + torch.randint(60, (400, 1, 1), generator=generator, dtype=torch.uint8)
-    values = resamples(
-        lambda counts: psnr(*(x.repeat_interleave(torch.from_numpy(counts), 0) for x in (a, b)))[0], n=400
-    )
-    assert psnr(a, b)[1] == pytest.approx(values.std(ddof=1), rel=0.1)
+    squared = squared_errors(a, b)
+    values = resamples(lambda counts: psnr(np.repeat(squared, counts))[0], n=400)
+    assert psnr(squared_errors(a, b))[1] == pytest.approx(values.std(ddof=1), rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["fid", "kid"])
@@ -601,7 +599,8 @@ def test_main_scores_a_folder(tmp_path, monkeypatch, capsys):
     network = load_features("mnist", torch.device("cpu"))
     a, b = (scores.extract(images, network)[0] for images in (test, real))
     expected = frechet_distance(*moments(a), *moments(b))
-    assert f"FID {expected:.3f} ± " in printed
+    assert f"FID {expected:.3f} ± " in printed and "of 260, which compares with as many only" in printed
+    assert f"FID {frechet.fid_unbiased(a, make_reference(b)).value:.4f} ± " in printed
     assert f"260 images against 267 digits of mnist5k; mnist features {CLASSIFIER_SHA256[:8]}" in printed
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from common.errors import UserError
+from common.study.report import format_table
 from common.study.rows import REAL, Figure, ResultStore, Row, Settings, group_rows, row_from_json
 
 SETTINGS = Settings(
@@ -52,6 +53,19 @@ def test_what_is_written_is_read_back():
     assert row_from_json(other.to_json()) == other
 
 
+def test_figures_and_seeds_that_earlier_rows_lack():
+    more = {"fid_unbiased": Figure(-0.01, 0.02), "fid_unbiased_difference": Figure(-0.02, 0.01)}
+    new = replace(ROW, settings=replace(SETTINGS, seeds=3), **more)
+    flat = json.loads(json.dumps(new.to_json()))
+    assert (flat["seeds"], flat["fid_unbiased"], flat["fid_unbiased_difference_error"]) == (3, -0.01, 0.01)
+    assert row_from_json(flat) == new and new.identity != ROW.identity
+    old = {key: value for key, value in ROW.to_json().items() if key != "seeds"}
+    assert row_from_json(old) == ROW and ROW.settings.seeds == 1
+    line = format_table([row_from_json(old)]).splitlines()[4]
+    assert line.split("  ")[0] == ROW.label and line.removeprefix(ROW.label).split()[:3] == ["-", "-", "-"]
+    assert "-0.0100 ± 0.0200" in format_table([new]) and "each of 3 seeds from 0" in format_table([new])
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -59,7 +73,7 @@ def test_what_is_written_is_read_back():
         ("fid_error", None), ("size_mib", 0), ("size_mib", "1"), ("file_mib", -1), ("label", 7), ("label", ""),
         ("label", "two\nlines"), ("images", "500"), ("images", -1), ("baseline", 7), ("published", [1]), ("draw", 1.5),
         ("kept", {"layer1": "all"}), ("formats", []), ("formats", {"a": "fp99"}), ("formats", {"a": []}),
-        ("curvature", "hessian"), ("curvature", 1), ("nearest_training_digit", -1.0),
+        ("curvature", "hessian"), ("curvature", 1), ("nearest_training_digit", -1.0), ("seeds", "2"),
         ("unknown", 1), ("rounding", "up"), ("rounding", []), ("loss_increase", "1"), ("place", [21, 20]), ("place", 3),
         ("place", [0.0, 20]), ("place", [-1, 20]), ("place", [1, 2, 3]), ("size_apart", -0.1), ("size_apart", "1"),
     ],

@@ -17,7 +17,7 @@ from common.ddpm.sampling import load_images
 from common.errors import UserError
 from common.fisher import information
 from common.formats.packed import load_model
-from common.metrics.scores import psnr
+from common.metrics.scores import psnr, squared_errors
 from common.study import evaluate, report
 from common.study.evaluate import Evaluator
 
@@ -27,7 +27,10 @@ STRATEGIES = {
     "layer_ratio": (["--ratio", "0.25", "0.35"], ["Ratio 0.25", "Ratio 0.35"]),
     "layer_math": (["--alpha", "0.5"], ["Math alpha 0.5"]),
 }
-FIGURES = ("fid", "kid", "inception_score", "fid_difference", "kid_difference", "psnr")
+FIGURES = (
+    "fid", "fid_unbiased", "kid", "inception_score", "fid_difference", "fid_unbiased_difference", "kid_difference",
+    "psnr",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -88,11 +91,12 @@ def images_of(label, out="results/quick"):
 
 
 def assert_printed(line, row):
-    for key, digits, factor in [("fid", 3, 1), ("kid", 2, 1000), ("inception_score", 3, 1)]:
-        assert f"{factor * row[key]:.{digits}f} ± {factor * row[key + '_error']:.{digits}f}" in line
-    for key, digits in [("fid_difference", 4), ("psnr", 1)]:
-        if key in row:
-            assert f"{row[key]:.{digits}f} ± {row[key + '_error']:.{digits}f}" in line
+    for key, digits, factor in [
+        ("fid_unbiased", 4, 1), ("fid_unbiased_difference", 4, 1), ("kid_difference", 2, 1000), ("kid", 2, 1000),
+        ("fid", 3, 1), ("fid_difference", 4, 1), ("inception_score", 3, 1), ("psnr", 1, 1),
+    ]:  # fmt: skip
+        if key in row or not key.endswith(("difference", "psnr")):
+            assert f"{factor * row[key]:.{digits}f} ± {factor * row[key + '_error']:.{digits}f}" in line
 
 
 def test_baseline_is_trained_and_then_found(call, real, tmp_path):
@@ -371,7 +375,7 @@ def test_gauss_newton_values_decide_where_they_are_asked_for(call, trained):
 def test_precision_and_fisher_of_all_timesteps_are_said(call, trained):
     """bfloat16 rounds to 8 bits: its images are near those of FP32, and not the same."""
     printed = call("whole_threshold", "--threshold", "0.1", "--precision", "bf16", "--timestep-weighting", "uniform")
-    decibels, _ = psnr(images_of("Baseline (FP32) [bf16]"), images_of("Baseline (FP32)"))
+    decibels, _ = psnr(squared_errors(images_of("Baseline (FP32) [bf16]"), images_of("Baseline (FP32)")))
     assert 30 < decibels < 60
     assert row_of("Baseline (FP32) [bf16]")["precision"] == "bf16"
     assert list(table_of(printed))[1:] == [
@@ -426,7 +430,7 @@ def test_report_as_markdown_has_the_same_cells(call, trained, real, monkeypatch,
     assert header == report.COLUMNS and [line[0] for line in cells] == [real, "Baseline (FP32)", "Uniform (FP16)"]
     for line in cells[1:]:
         assert_printed("  ".join(line), row_of(line[0]))
-    assert "features" in printed and "standard error" in printed
+    assert "features" in printed and "standard error" in printed and "infinitely many images" in printed
 
 
 def test_the_frontier_is_one_figure(call, trained, monkeypatch, capsys):

@@ -1,14 +1,13 @@
 """FID, KID and Inception-style score of images, and PSNR between two models', each with its standard error.
 
-Errors are those of drawing other generated images from the same model; the reference digits are held fixed. They come
-from influence functions (the infinitesimal jackknife; Efron 1982): each statistic is, to first order, a mean over
-images, and the spread of the images' contributions gives its standard error. Two models sampled from the same noise
-share their images' luck, so the error of their difference is that of the paired contributions.
+Errors are those of drawing other generated images from the same model (`common.metrics.estimate`); the reference digits
+are held fixed.
 """
 
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -17,99 +16,22 @@ from torch import nn
 from tqdm import tqdm
 
 from common.errors import UserError
+from common.metrics.estimate import Estimate, pool, standard_error
+from common.metrics.frechet import CHUNK, Reference, fid, fid_unbiased, moments, symmetric_root
 from common.runtime import distributed, sealed
 
-CHUNK = 500  # images at once, so that memory beyond their features does not grow with their number
 KID_REFERENCE = 5_000  # digits at most; the kernel's cost grows with the square
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A value and what each image contributes to its deviation: influence (N,), mean zero."""
-
-    value: float
-    influence: np.ndarray
-
-    @property
-    def error(self) -> float:
-        """Standard error of the value."""
-        return standard_error(self.influence)
-
-    def minus(self, other: "Estimate") -> tuple[float, float]:
-        """The difference to `other`, whose image i started from the same noise, and its standard error."""
-        return self.value - other.value, standard_error(self.influence - other.influence)
-
-
-def standard_error(influence: np.ndarray) -> float:
-    """Standard deviation over sqrt(N)."""
-    return float(influence.std(ddof=1) / np.sqrt(len(influence)))
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Statistics of the real digits: mean (D,), covariance (D, D) and its square root, a sample (M, D) for KID."""
-
-    mean: np.ndarray
-    covariance: np.ndarray
-    covariance_root: np.ndarray
-    sample: np.ndarray
-    kernel_mean: float  # over the pairs of different digits of `sample`
-
-
-@dataclass(frozen=True)
 class Scores:
+    """Of images of one draw, or of several together. fid: of as many images as a draw has; fid_unbiased: as of
+    infinitely many."""
+
     fid: Estimate
+    fid_unbiased: Estimate
     kid: Estimate
     inception_score: Estimate
-
-
-def frechet_distance(mean1, covariance1, mean2, covariance2) -> float:
-    """Squared Frechet distance of two Gaussians (Heusel et al. 2017, eq. 6).
-
-    The trace of (C1 C2)^(1/2) is that of the symmetric (C1^(1/2) C2 C1^(1/2))^(1/2), so eigenvalues do.
-    """
-    root = symmetric_root(covariance1)
-    overlap = np.sqrt(np.linalg.eigvalsh(root @ covariance2 @ root).clip(0)).sum()
-    shift = mean1 - mean2
-    return float(shift @ shift + np.trace(covariance1) + np.trace(covariance2) - 2 * overlap)
-
-
-def symmetric_root(matrix: np.ndarray) -> np.ndarray:
-    """The positive semidefinite square root of a symmetric positive semidefinite matrix."""
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(values.clip(0))) @ vectors.T
-
-
-def fid(features: np.ndarray, reference: Reference) -> Estimate:
-    """Frechet distance of features (N, D) to the reference, covariances with N - 1 as in pytorch-fid.
-
-    Influence of image x: 2 (m - m_r).(x - m) + (x - m)'(1 - G)(x - m), less its mean, where 1 - G is the derivative in
-    the covariance C: G = R M^(-1/2) R with R the root of the reference's covariance and M = R C R.
-    """
-    mean, covariance = moments(features)
-    root = reference.covariance_root
-    values, vectors = np.linalg.eigh(root @ covariance @ root)
-    kept = values > values[-1] * 1e-12
-    shift = mean - reference.mean
-    overlap = np.sqrt(values[kept]).sum()
-    value = shift @ shift + np.trace(covariance) + np.trace(reference.covariance) - 2 * overlap
-
-    scaled_root = root @ vectors[:, kept] / values[kept] ** 0.25
-    influence = np.empty(len(features))
-    for start in range(0, len(features), CHUNK):
-        centred = features[start : start + CHUNK] - mean
-        quadratic = (centred**2).sum(1) - ((centred @ scaled_root) ** 2).sum(1)
-        influence[start : start + CHUNK] = 2 * centred @ shift + quadratic
-    return Estimate(float(value), influence - influence.mean())
-
-
-def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (D,) and covariance (D, D), with N - 1, of features (N, D), in float64."""
-    mean, scatter = features.mean(0, dtype=np.float64), 0.0
-    for start in range(0, len(features), CHUNK):
-        centred = features[start : start + CHUNK] - mean
-        scatter = scatter + centred.T @ centred
-    return mean, scatter / (len(features) - 1)
 
 
 def kid(features: np.ndarray, reference: Reference) -> Estimate:
@@ -129,15 +51,19 @@ def inception_score(probabilities: np.ndarray) -> Estimate:
     return Estimate(value, value * (divergence - divergence.mean()))
 
 
-def psnr(images: torch.Tensor, baseline: torch.Tensor) -> tuple[float, float]:
-    """Peak signal-to-noise ratio in dB of uint8 (N, 32, 32) to images of the same noise, from their mean squared error
-    over all pixels, and its standard error; infinite where they are equal."""
-    squared = np.concatenate(
+def squared_errors(images: torch.Tensor, baseline: torch.Tensor) -> np.ndarray:
+    """(N,): the mean squared error over the pixels of each of uint8 (N, 32, 32) to the image of the same noise."""
+    return np.concatenate(
         [
             (a.double() - b.double()).square().flatten(1).mean(1)
             for a, b in zip(images.split(CHUNK), baseline.split(CHUNK), strict=True)
         ]
     )
+
+
+def psnr(squared: np.ndarray) -> tuple[float, float]:
+    """Peak signal-to-noise ratio in dB of images with these `squared_errors` (N,), from their mean, and its standard
+    error; infinite where all are zero."""
     mean = squared.mean()
     if mean == 0:
         return float("inf"), 0.0
@@ -234,7 +160,17 @@ def score(images: torch.Tensor, network: nn.Module, reference: Reference) -> Sco
     """FID, KID and score of uint8 images (N, 32, 32)."""
     require_enough(len(images), network)
     features, probabilities = extract(images, network)
-    return Scores(fid(features, reference), kid(features, reference), inception_score(probabilities))
+    return Scores(
+        fid(features, reference),
+        fid_unbiased(features, reference),
+        kid(features, reference),
+        inception_score(probabilities),
+    )
+
+
+def pool_scores(draws: Sequence[Scores]) -> Scores:
+    """The mean over draws of equally many images."""
+    return Scores(*(pool([getattr(draw, field.name) for draw in draws]) for field in fields(Scores)))
 
 
 def describe(network: nn.Module) -> str:

@@ -1,32 +1,26 @@
-"""Models that fit a size: the baseline coded in files of given limits, or in the smallest that loses nothing."""
+"""Models that fit a size: the baseline coded in files of given limits, or in the smallest that costs little."""
 
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from common.choose import allocation
-from common.choose.allocation import WIDTHS, BudgetError, fixed_formats
+from common.choose.allocation import BudgetError
 from common.choose.controls import generator_of, like_tensors, permute
-from common.choose.feedback import Feedback
-from common.choose.fixed_rounding import FixedRounding
-from common.choose.rounding import PRICE_OF_A_BIT
 from common.ddpm.schedule import Schedule
 from common.errors import UserError
-from common.formats import entropy
-from common.formats.numbers import stored_bytes
-from common.formats.packed import MIB, Model, Quantizer, file_bytes, load_model, save_model, tensor_shapes
+from common.formats.packed import MIB, Model, file_bytes, load_model, save_model
 from common.options import number
 from common.runtime import distributed
 from common.runtime.files import remove
+from common.study.budget_search import describe_confirmation, describe_search, lies_below, margin_of, search
+from common.study.codings import Allocator, coded_model, make_allocator
 from common.study.diffusion_fisher import (
     curvature_metadata,
     curvature_table,
@@ -36,97 +30,11 @@ from common.study.diffusion_fisher import (
 )  # fmt: skip
 from common.study.evaluate import Evaluator
 from common.study.held_out import Judged, held_out, judge
+from common.study.rows import Figure
 from common.study.run import Run, training_precision
 from common.training.finetune import finetune, sampler_of_digits, state_key
 
-START, STRIDE, RESOLUTION = 16.0, 1.25, 1.06  # of the search for a factor
 GROWTH = 0.01  # of the file, for codes to become longer in finetuning
-
-
-class Allocator(Protocol):
-    """One coding of a baseline."""
-
-    def smallest(self, metadata: dict) -> int:
-        """Bytes of the smallest file there is, whatever the Fisher values."""
-
-    def fit(self, limit: int, values: dict[str, float], metadata: dict) -> Model:
-        """The model of least Fisher-weighted error whose file has at most `limit` bytes. Raises BudgetError."""
-
-
-@dataclass(frozen=True)
-class EntropyCoding:
-    """Steps by Fisher values, rounded by `feedback` at a `price` of a bit (in squared steps), entropy-coded."""
-
-    baseline: Model
-    feedback: dict[str, Feedback]
-    price: float = PRICE_OF_A_BIT
-
-    def smallest(self, metadata: dict) -> int:
-        zeros = {name: np.zeros(tuple(weight.shape), np.int64) for name, weight in self.baseline.state.items()}
-        return file_bytes(coded_model(self.baseline, entropy.encode(zeros, dict.fromkeys(zeros, 1.0)), metadata))
-
-    def fit(self, limit: int, values: dict[str, float], metadata: dict) -> Model:
-        def size(stored) -> int:
-            return file_bytes(coded_model(self.baseline, stored, metadata))
-
-        left = {name: value * self._gain(name) for name, value in values.items()}
-        stored = allocation.entropy_coded(self.baseline.state, left, size, limit, self.feedback, self.price)
-        return coded_model(self.baseline, stored, metadata)
-
-    def _gain(self, name: str) -> float:
-        """The share of a weight's error that is left once its neighbours have made good the rest."""
-        return self.feedback[name].gain if name in self.feedback else 1.0
-
-
-@dataclass(frozen=True)
-class FixedWidths:
-    """One format for each tensor, the best choice there is for its `rounding`."""
-
-    baseline: Model
-    rounding: FixedRounding = field(default_factory=FixedRounding)
-
-    def smallest(self, metadata: dict) -> int:
-        return file_bytes(self._in_formats(self._narrowest(), metadata))
-
-    def fit(self, limit: int, values: dict[str, float], metadata: dict) -> Model:
-        shapes = tensor_shapes(self.baseline.config)
-        axes = {name: axis for name, (_, axis) in shapes.items()}
-        least = sum(stored_bytes(shapes[name][0], fmt, axes[name]) for name, fmt in self._narrowest().items())
-        header = 0
-        while True:  # until the header, whose length follows from the formats, fits too
-            formats = fixed_formats(self.baseline.state, axes, values, max(least, limit - header), self._errors)
-            there = file_bytes(self._in_formats(formats, metadata))  # however it is rounded
-            excess = there - limit
-            if excess <= 0:
-                return self._in_formats(formats, metadata, self.rounding.quantize)
-            if limit - header <= least:
-                raise BudgetError(there)
-            header += excess
-
-    @cached_property
-    def _errors(self) -> dict[str, dict[str, float]]:
-        axes = {name: axis for name, (_, axis) in tensor_shapes(self.baseline.config).items()}
-        return allocation.format_errors(self.baseline.state, axes, self.rounding)
-
-    def _narrowest(self) -> dict[str, str]:
-        """The format of fewest bytes of each tensor."""
-        return {
-            name: min(WIDTHS if len(shape) > 1 else WIDTHS[-2:], key=lambda fmt: stored_bytes(shape, fmt, axis))
-            for name, (shape, axis) in tensor_shapes(self.baseline.config).items()
-        }
-
-    def _in_formats(self, formats: dict[str, str], metadata: dict, quantizer: Quantizer | None = None) -> Model:
-        model = replace(self.baseline, metadata=metadata)
-        for fmt in set(formats.values()):
-            model = model.quantize(
-                [name for name, chosen in formats.items() if chosen == fmt], fmt, metadata, quantizer
-            )
-        return model
-
-
-def coded_model(baseline: Model, stored: dict[str, torch.Tensor], metadata: dict) -> Model:
-    """The model of what `common.formats.entropy` stores."""
-    return Model(baseline.config, stored, dict.fromkeys(baseline.state, "entropy"), metadata)
 
 
 def budget_metadata(run: Run, baseline: Model, coding: str, size: str, variant: str | None = None, **more) -> dict:
@@ -160,10 +68,11 @@ def build(
     limits: dict[str, int],
     updates: int | None,
     draws: int | None,
+    share: float,
     rounding: str = "nearest",
 ) -> Iterator[Model | Judged]:
     """One model for each limit, {what was asked for: bytes}; without limits those of `search`, finetuned where
-    `updates` are given.
+    `updates` are given, for a margin that is this `share` of the baseline's FID.
 
     After each one with so many `updates` of finetuning; and where there are `draws`, its place among so many models
     whose Fisher values were permuted, some of these, and those of `other_values`. rounding: of integers.
@@ -174,14 +83,14 @@ def build(
     maker = Maker(run, baseline, coding, rounding)
     if limits:
         return _build_to_limits(maker, limits, updates, draws)
-    return _build_by_search(maker, evaluator, updates, most)
+    return _build_by_search(maker, evaluator, updates, most, share)
 
 
 def require_reachable(run: Run, baseline: Model, coding: str, limits: dict[str, int]) -> float:
     """How many times smaller than the baseline's tensors a file can be. Raises UserError for a limit below."""
     size = baseline.size_mib() * MIB
     longest = budget_metadata(run, baseline, coding, max(limits, key=len, default=""))
-    least = _allocator(baseline, coding, {}).smallest(longest) + 100  # labels of other lengths
+    least = make_allocator(baseline, coding, {}).smallest(longest) + 100  # labels of other lengths
     for asked, limit in limits.items():
         if limit < least:
             more, less = math.ceil(1e4 * least / MIB) / 1e4, math.floor(10 * size / least) / 10
@@ -208,18 +117,30 @@ def _build_to_limits(
             yield Judged(model, digits.increase(model))
 
 
-def _build_by_search(maker: "Maker", evaluator: Evaluator, updates: int | None, most: float) -> Iterator[Model]:
+def _build_by_search(
+    maker: "Maker", evaluator: Evaluator, updates: int | None, most: float, share: float
+) -> Iterator[Model]:
+    """The models that `search` tried, least factor first. One is acceptable where the paired difference of its unbiased
+    FID to FP32's, and two standard errors more, lie below the margin (`margin_of`): fewer images, whose errors are
+    larger, find a smaller factor. The largest is then measured again, on noise that had no part in the search."""
     size = maker.baseline.size_mib() * MIB
-    reference = evaluator.measure(maker.baseline).scores.fid
+    reference = evaluator.measure(maker.baseline).scores.fid_unbiased
+    margin = margin_of(reference, share)
     tried: dict[float, Model] = {}
 
     def acceptable(times: float) -> bool:
         *_, model = maker.make(f"{number(times)}x", int(size / times), updates)
-        difference, error = evaluator.measure(model).scores.fid.minus(reference)
+        difference = Figure(*evaluator.measure(model).scores.fid_unbiased.minus(reference))
         tried[times] = replace(model)  # without the unpacked weights
-        return difference <= error
+        return lies_below(difference, margin)
 
-    print(describe_search(*search(acceptable, most), tried))
+    low, high = search(acceptable, most)
+    print(describe_search(low, high, list(tried), margin))
+    if low is not None:
+        fresh = replace(evaluator, sampling=replace(evaluator.sampling, seed=evaluator.sampling.seed + evaluator.seeds))
+        again = fresh.measure(tried[low]).scores.fid_unbiased
+        difference = Figure(*again.minus(fresh.measure(maker.baseline).scores.fid_unbiased))
+        print(describe_confirmation(low, difference, margin, fresh.sampling.seed, fresh.seeds))
     yield from (tried[times] for times in sorted(tried))
 
 
@@ -239,7 +160,7 @@ class Maker:
         self.values = tensor_values(run, baseline)
         self.rounding, needed = rounding, coding == "entropy" or rounding == "feedback"
         self.feedback = rounding_feedback(run, baseline) if needed else {}
-        self._allocator = _allocator(baseline, coding, self.feedback, rounding)
+        self._allocator = make_allocator(baseline, coding, self.feedback, rounding)
 
     def metadata(self, asked: str, variant: str | None = None, **more) -> dict:
         more |= {} if self.rounding == "nearest" else {"rounding": self.rounding}
@@ -269,12 +190,6 @@ class Maker:
         for draw in range(1, draws + 1):
             values = permute(self.values, strata, generator_of(self.run.sampling.seed, "Budget", asked, draw))
             yield self.fit(limit, values, self.metadata(asked, "permuted", draw=draw))
-
-
-def _allocator(baseline: Model, coding: str, feedback: dict[str, Feedback], rounding: str = "nearest") -> Allocator:
-    if coding == "entropy":
-        return EntropyCoding(baseline, feedback)
-    return FixedWidths(baseline, FixedRounding(rounding, feedback))
 
 
 def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: int, updates: int) -> Model:
@@ -329,35 +244,3 @@ def other_values(weights: dict[str, torch.Tensor], values: dict[str, float]) -> 
         "unweighted": dict.fromkeys(values, 1.0),
         "magnitude": {name: max(1e-30, float(weights[name].square().mean())) for name in values},
     }
-
-
-def search(acceptable: Callable[[float], bool], most: float) -> tuple[float | None, float | None]:
-    """The largest factor found acceptable, and the smallest that is larger and is not; None where none was found.
-
-    Walks from `START` in strides to where acceptable(times) changes, then halves the last stride until `RESOLUTION`.
-    Factors lie in 1..`most`.
-    """
-    low = high = None
-    times = min(START, math.floor(10 * most) / 10)
-    while 1 <= times <= most:
-        if acceptable(times):
-            low = times
-        else:
-            high = times
-        if low is None:
-            times = float(f"{high / STRIDE:.3g}")
-        elif high is None:
-            times = float(f"{low * STRIDE:.3g}")
-        elif high / low > RESOLUTION:
-            times = float(f"{(low * high) ** 0.5:.3g}")
-        else:
-            break
-    return low, high
-
-
-def describe_search(low: float | None, high: float | None, tried: dict[float, Model]) -> str:
-    if low is None:
-        factors = ", ".join(f"{times:g}" for times in sorted(tried))
-        return f"no factor that was tried, {factors}, keeps within one standard error"
-    further = "nothing larger was tried" if high is None else f"the next tried, {high:g}, is not"
-    return f"largest factor whose FID is within one standard error of FP32's: {low:g}; {further}"

@@ -1,6 +1,6 @@
 """Images of a model and their scores: every model of a study is sampled and measured alike."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +9,21 @@ from torch import nn
 
 from common.choose.layers import layer_of, layer_weights
 from common.ddpm.digits import load_digits
-from common.ddpm.sampling import Sampling, generate, image_file
+from common.ddpm.sampling import Sampling, generate, image_file, load_images
 from common.errors import UserError
 from common.formats.packed import MIB, Model
 from common.metrics.features import load_features
-from common.metrics.scores import Reference, Scores, describe, load_reference, psnr, require_enough, score
+from common.metrics.frechet import Reference
+from common.metrics.scores import (
+    Scores,
+    describe,
+    load_reference,
+    pool_scores,
+    psnr,
+    require_enough,
+    score,
+    squared_errors,
+)
 from common.runtime.device import derive_seed
 from common.study.rows import BASELINE, REAL, Figure, Row, Settings, checked
 from common.study.run import Run
@@ -26,20 +36,20 @@ SAID = (  # of a model's metadata, and so of its row
 
 @dataclass(frozen=True)
 class Measured:
-    """Images (uint8, (N, 32, 32)) of the weights of a hash, where they are kept, and their scores."""
+    """Where the images of the weights of a hash are kept, a file for each seed, and the scores of all together."""
 
     weights: str
-    images: torch.Tensor
-    image_file: Path
+    image_files: tuple[Path, ...]
     scores: Scores
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Samples and scores: how, on which device, with which features, against which digits. images: the folder where
-    they are kept."""
+    """Samples and scores: how, on which device, with which features, against which digits. sampling: of the first of
+    `seeds` draws, whose seeds follow; images: the folder where they are kept."""
 
     sampling: Sampling
+    seeds: int
     device: torch.device
     images: Path
     features: nn.Module
@@ -51,8 +61,12 @@ class Evaluator:
 
     def measure_network(self, network: nn.Module, weights: str, label: str) -> Measured:
         """The same of any network in evaluation mode; `weights` names it and nothing else, `label` the progress bar."""
-        images = generate(network, weights, self.sampling, self.device, self.images, label)
-        return Measured(weights, images, image_file(self.images, self.sampling, weights), self.score(images))
+        files, draws = [], []
+        for seed in range(self.sampling.seed, self.sampling.seed + self.seeds):
+            sampling = replace(self.sampling, seed=seed)
+            draws.append(self.score(generate(network, weights, sampling, self.device, self.images, label)))
+            files.append(image_file(self.images, sampling, weights))
+        return Measured(weights, tuple(files), pool_scores(draws))
 
     def score(self, images: torch.Tensor) -> Scores:
         """FID, KID and score of uint8 images (N, 32, 32)."""
@@ -64,7 +78,7 @@ def make_evaluator(run: Run) -> Evaluator:
     features = load_features(run.metric, run.device, run.inception_weights)
     require_enough(run.sampling.images, features)
     reference = load_reference(load_digits(run.data, "train", run.data_dir), features, run.out / "reference")
-    return Evaluator(run.sampling, run.device, run.out / "images", features, reference)
+    return Evaluator(run.sampling, run.seeds, run.device, run.out / "images", features, reference)
 
 
 def settings_of(run: Run, evaluator: Evaluator, baseline: str | None) -> Settings:
@@ -75,6 +89,7 @@ def settings_of(run: Run, evaluator: Evaluator, baseline: str | None) -> Setting
         metric=describe(evaluator.features),
         data=run.data,
         torch=torch.__version__,
+        seeds=evaluator.seeds,
         **asdict(evaluator.sampling),
     )
 
@@ -115,7 +130,7 @@ def model_row(
         weights=measured.weights,
         size_mib=model.size_mib(),
         file=str(path),
-        image_file=str(measured.image_file),
+        image_file=str(measured.image_files[0]),
         formats=model.formats,
         kept=kept_by_layer(model),
         **figures(measured.scores),
@@ -146,17 +161,17 @@ def measured_row(settings: Settings, label: str, measured: Measured, baseline: M
 
 def figures(scores: Scores) -> dict[str, Figure]:
     """{field of a row: value and error}."""
-    estimates = {"fid": scores.fid, "kid": scores.kid, "inception_score": scores.inception_score}
-    return {key: Figure(estimate.value, estimate.error) for key, estimate in estimates.items()}
+    return {key: Figure(estimate.value, estimate.error) for key, estimate in vars(scores).items()}
 
 
 def differences(measured: Measured, baseline: Measured) -> dict[str, Figure]:
     """{field of a row: value and error}: paired differences to the baseline's images of the same noise, and PSNR."""
     found = {
         f"{key}_difference": Figure(*getattr(measured.scores, key).minus(getattr(baseline.scores, key)))
-        for key in ("fid", "kid")
+        for key in ("fid", "fid_unbiased", "kid")
     }
-    decibels, error = psnr(measured.images, baseline.images)
+    pairs = zip(measured.image_files, baseline.image_files, strict=True)
+    decibels, error = psnr(np.concatenate([squared_errors(load_images(a), load_images(b)) for a, b in pairs]))
     return found | {"psnr": Figure(decibels, error)} if np.isfinite(decibels) else found  # equal images have none
 
 

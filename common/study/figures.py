@@ -26,6 +26,7 @@ from common.study.rows import BASELINE, REAL, Figure, Row
 
 SHOWN_IMAGES = 12
 MARKERS = ("o", "s", "^")  # of the first ten colours, the next, ...
+FID_NAMES = {"fid": "FID", "fid_unbiased": "unbiased FID", "fid_unbiased_difference": "unbiased FID less FP32's"}
 GROUPS = {"layers 1-2": "12", "layers 3-6": "3456"}
 
 
@@ -92,13 +93,13 @@ def draw_samples(rows: list[Row]):
 
 
 def draw_fid_against_size(rows: list[Row]):
-    """FID, and PSNR to the FP32 images, against the size of the file, with one standard error; the band is that of
-    real test digits."""
+    """FID (`_fid_shown`), and PSNR to the FP32 images, against the size of the file, with one standard error."""
     measured = [row for row in rows if row.size_mib]
     if len(measured) < 2:
         return None
+    shown = _fid_shown(measured)
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.5))
-    for axis, key in zip(axes, ("fid", "psnr"), strict=True):
+    for axis, key in zip(axes, (shown, "psnr"), strict=True):
         for colour, kind in enumerate(dict.fromkeys(map(_drawn_as, measured))):
             chosen = [row for row in measured if _drawn_as(row) == kind and getattr(row, key)]
             _errorbar(
@@ -107,8 +108,9 @@ def draw_fid_against_size(rows: list[Row]):
             )  # fmt: skip
         axis.set(xlabel="MiB of the file", xscale="log")
         axis.grid(alpha=0.3, which="both")
-    _band_of_real_digits(axes[0], rows)
-    axes[0].set(ylabel=f"FID ({rows[0].settings.metric})", yscale="log")
+    _level_to_compare(axes[0], rows, shown)
+    _fid_scale(axes[0], [getattr(row, shown) for row in measured if getattr(row, shown)])
+    axes[0].set(ylabel=f"{FID_NAMES[shown]} ({rows[0].settings.metric})")
     axes[1].set(ylabel="PSNR to the FP32 images, dB")
     for axis in axes:
         _plain_ticks(axis)
@@ -122,15 +124,19 @@ def draw_fid_against_ratio(rows: list[Row]):
     ratios = sorted((row for row in rows if row.strategy == "Ratio"), key=lambda row: float(row.setting))
     if len(ratios) < 2:
         return None
+    shown = _fid_shown(ratios)
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for fmt, weighting, word in dict.fromkeys((row.format, row.timestep_weighting, _values_of(row)) for row in ratios):
         chosen = [r for r in ratios if (r.format, r.timestep_weighting, _values_of(r)) == (fmt, weighting, word)]
         _errorbar(
-            axis, [(float(row.setting), row.fid) for row in chosen],
+            axis, [(float(row.setting), getattr(row, shown)) for row in chosen if getattr(row, shown)],
             fmt="o-", label=f"Ratio ({fmt.upper()}, {word} values: {weighting})",
         )  # fmt: skip
-    _band_of_real_digits(axis, rows)
-    axis.set(xlabel="ratio of each layer's weights that stays FP32", ylabel=f"FID ({rows[0].settings.metric})")
+    _level_to_compare(axis, rows, shown)
+    axis.set(
+        xlabel="ratio of each layer's weights that stays FP32",
+        ylabel=f"{FID_NAMES[shown]} ({rows[0].settings.metric})",
+    )
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     return figure
@@ -141,10 +147,13 @@ def draw_learning_curve(rows: list[Row]):
     curve = sorted((row for row in rows if row.digits_seen), key=lambda row: row.digits_seen)
     if len(curve) < 2:
         return None
+    shown = "fid_unbiased" if all(row.fid_unbiased for row in curve) else "fid"
     figure, axis = plt.subplots(figsize=(7, 4.5))
-    _errorbar(axis, [(row.digits_seen, row.fid) for row in curve], fmt="o-", label="averaged weights")
-    _band_of_real_digits(axis, rows)
-    axis.set(xlabel="digits seen", ylabel=f"FID ({rows[0].settings.metric})", yscale="log")
+    points = [(row.digits_seen, getattr(row, shown)) for row in curve]
+    _errorbar(axis, points, fmt="o-", label="averaged weights")
+    _level_to_compare(axis, rows, shown)
+    _fid_scale(axis, [figure for _, figure in points])
+    axis.set(xlabel="digits seen", ylabel=f"{FID_NAMES[shown]} ({rows[0].settings.metric})")
     _plain_ticks(axis)
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3, which="both")
@@ -171,10 +180,28 @@ def _errorbar(axis, points: list[tuple[float, Figure]], **style) -> None:
     axis.errorbar(x, y, [figure.error for _, figure in points], capsize=3, **style)
 
 
-def _band_of_real_digits(axis, rows: list[Row]) -> None:
+def _fid_shown(rows: list[Row]) -> str:
+    """The field to draw: the unbiased difference to FP32, of the rows that have it; FID of N images where none has."""
+    return "fid_unbiased_difference" if any(row.fid_unbiased_difference for row in rows) else "fid"
+
+
+def _level_to_compare(axis, rows: list[Row], shown: str) -> None:
+    """A band, the FID of real test digits with one standard error; of differences a line, where FP32 is."""
+    if shown == "fid_unbiased_difference":
+        axis.axhline(0, color="0.6", linewidth=1, label="FP32")
+        return
     for row in rows:
-        if row.strategy == REAL:
-            axis.axhspan(row.fid.value - row.fid.error, row.fid.value + row.fid.error, color="0.8", label=row.label)
+        if row.strategy == REAL and (fid := getattr(row, shown)):
+            axis.axhspan(fid.value - fid.error, fid.value + fid.error, color="0.8", label=row.label)
+
+
+def _fid_scale(axis, drawn: list[Figure]) -> None:
+    """A logarithmic axis; linear around zero as far as the lowest bar reaches below it, if any does."""
+    low = min(figure.value - figure.error for figure in drawn)
+    if low > 0:
+        axis.set_yscale("log")
+    else:
+        axis.set_yscale("symlog", linthresh=max(-low, min(figure.error for figure in drawn), 1e-6))
 
 
 def _plain_ticks(axis) -> None:

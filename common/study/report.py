@@ -16,8 +16,13 @@ from common.study.memorised import format_nearest
 from common.study.rows import BASELINE, Figure, ResultStore, Row, group_rows
 
 COLUMNS = [
-    "Model", "FID", "FID - FP32", "KID x1000", "Score", "PSNR dB", "MiB", "smaller", "file MiB", "published FID, MiB",
+    "Model", "unbiased FID", "less FP32's", "KID x1000 less FP32's", "KID x1000", "FID at N", "less FP32's", "Score",
+    "PSNR dB", "MiB", "smaller", "file MiB", "published FID, MiB",
 ]  # fmt: skip
+FOOT = (
+    "unbiased FID: what the FID of infinitely many images would be, below 0 by chance alone; FID at N: of as many "
+    "images as there are, most of it bias, to be compared only with that of as many; less FP32's: on the same noise"
+)
 
 
 def format_table(rows: list[Row]) -> str:
@@ -28,9 +33,9 @@ def format_table(rows: list[Row]) -> str:
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
         for line in table
     ]
-    foot = ""
+    foot = f"\n{FOOT}"
     if any(row.published for row in rows):
-        foot = (
+        foot += (
             "\npublished: at the paper size, Inception features; its FIDs are of the unquantized weights "
             "(README, what differs) and compare with no column here"
         )
@@ -43,14 +48,15 @@ def format_markdown(rows: list[Row]) -> str:
     if not any(row.published for row in rows):
         table = [line[:-1] for line in table]
     lines = ["| " + " | ".join(line) + " |" for line in table]
-    return "\n".join([f"\n{describe(rows[0])}", "", lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
+    return "\n".join([f"\n{describe(rows[0])}", "", lines[0], "|" + "---|" * len(table[0]), *lines[1:], "", FOOT])
 
 
 def describe(row: Row) -> str:
     """What the rows of a table share: features, data and sampling."""
+    seeds = "seed {seed}" if row.settings.seeds == 1 else "each of {seeds} seeds from {seed}"
     return (
         "Preset {preset}, baseline {baseline:.8}; {metric}; reference: {data} training digits; {images} images, "
-        "{sampler} {steps} steps, eta {eta:g}, seed {seed}, sampled in {precision} on {device}, batch {batch_size}; "
+        "{sampler} {steps} steps, eta {eta:g}, " + seeds + ", sampled in {precision} on {device}, batch {batch_size}; "
         "errors: 1 standard error"
     ).format(**asdict(row.settings))
 
@@ -66,9 +72,12 @@ def _cells(row: Row, rows: list[Row]) -> list[str]:
 
     return [
         row.label,
+        figure(row.fid_unbiased, 4),
+        figure(row.fid_unbiased_difference, 4),
+        figure(row.kid_difference, 2, 1000),
+        figure(row.kid, 2, 1000),
         figure(row.fid, 3),
         figure(row.fid_difference, 4),
-        figure(row.kid, 2, 1000),
         figure(row.inception_score, 3),
         figure(row.psnr, 1),
         size(row.size_mib),

@@ -4,7 +4,7 @@ import json
 import math
 import stat
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
 from common.errors import UserError
@@ -28,7 +28,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Settings:
-    """What two rows must share to stand in one table. device: the name of a GPU, or "cpu"."""
+    """What two rows must share to stand in one table. images: of each of `seeds` draws, whose seeds are `seed`,
+    `seed` + 1, ...; device: the name of a GPU, or "cpu"."""
 
     preset: str
     baseline: str | None  # hash of the weights that the differences are to
@@ -43,6 +44,7 @@ class Settings:
     batch_size: int
     device: str
     torch: str
+    seeds: int = 1  # of rows that do not say it
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Row:
     file: str | None = None
     image_file: str | None = None
     published: tuple[float | None, float] | None = None
+    fid_unbiased: Figure | None = None
+    fid_unbiased_difference: Figure | None = None
     fid_difference: Figure | None = None
     kid_difference: Figure | None = None
     psnr: Figure | None = None
@@ -110,16 +114,15 @@ class Row:
 
 
 _FIGURES = (
-    "fid", "kid", "inception_score", "fid_difference", "kid_difference", "psnr",
-    "nearest_training_digit", "training_digit_excess",
+    "fid", "fid_unbiased", "kid", "inception_score", "fid_difference", "fid_unbiased_difference", "kid_difference",
+    "psnr", "loss_increase", "nearest_training_digit", "training_digit_excess",
 )  # fmt: skip
-_SIGNED = ("kid", "fid_difference", "kid_difference", "psnr", "training_digit_excess")  # the others are not negative
+_POSITIVE = ("fid", "inception_score", "nearest_training_digit")
 _TEXTS = ("label", "strategy", "setting", "variant", "format", "timestep_weighting", "weights", "file", "image_file")
 _PATHS = ("file", "image_file")  # which may hold any character
 _COUNTS = ("draw", "updates", "digits_seen")
 _SIZES = ("size_mib", "file_mib")
-_LOSSES = ("loss_increase",)  # figures that may be negative
-_NOT_ALWAYS = (*_LOSSES, "place", "size_apart", "nearest_training_digit", "training_digit_excess")
+_NOT_ALWAYS = ("loss_increase", "place", "size_apart", "nearest_training_digit", "training_digit_excess")
 
 
 def row_from_json(flat: dict) -> Row:
@@ -127,14 +130,15 @@ def row_from_json(flat: dict) -> Row:
     if not isinstance(flat, dict):
         raise ValueError(f"{str(flat)[:40]!r} is not a row")
     flat, values = dict(flat), {}
-    for key in ("label", "strategy", *(f.name for f in fields(Settings)), "fid", "kid", "inception_score"):
+    needed = (field.name for field in fields(Settings) if field.default is MISSING)
+    for key in ("label", "strategy", *needed, "fid", "kid", "inception_score"):
         if key not in flat:
             raise ValueError(f"{key} is missing")
     values["settings"] = _settings(flat)
-    for key in (*_FIGURES, *_LOSSES):
+    for key in _FIGURES:
         if key in flat:
             value, error = _number(key, flat.pop(key)), _number(f"{key}_error", flat.pop(f"{key}_error", None))
-            if error < 0 or (value < -1e-6 and key not in (*_SIGNED, *_LOSSES)):
+            if error < 0 or (value < -1e-6 and key in _POSITIVE):
                 raise ValueError(f"{key} of {value:g} ± {error:g} cannot be")
             values[key] = Figure(value, error)
     for key, value in flat.items():
@@ -152,10 +156,10 @@ def _is_number(text: str) -> bool:
 
 
 def _settings(flat: dict) -> Settings:
-    kinds = {"steps": int, "images": int, "seed": int, "batch_size": int, "eta": float}
+    kinds = {"steps": int, "images": int, "seed": int, "seeds": int, "batch_size": int, "eta": float}
     values = {}
     for field in fields(Settings):
-        value, kind = flat.pop(field.name), kinds.get(field.name, str)
+        value, kind = flat.pop(field.name, field.default), kinds.get(field.name, str)
         if kind is float:
             value = _number(field.name, value)
         elif type(value) is not kind and not (value is None and field.name == "baseline"):

@@ -16,6 +16,7 @@ from common.ddpm.sampling import Sampling
 from common.ddpm.unet import UNet
 from common.errors import UserError
 from common.formats.packed import MIB, Model, load_model, size_mib, tensor_shapes
+from common.options import LARGEST_SEED
 from common.presets import PRESETS, Preset, TrainingConfig
 from common.runtime import distributed
 from common.runtime.device import autocast, bf16_is_faster, choose_device, device_name, set_up_torch
@@ -31,7 +32,8 @@ def preset_checkpoint(preset_name: str) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """Options with every default filled in, checked. why: what decided the preset."""
+    """Options with every default filled in, checked. why: what decided the preset; sampling: of the first of `seeds`
+    draws."""
 
     preset_name: str
     why: str
@@ -45,6 +47,7 @@ class Run:
     curvature: str
     device: torch.device
     sampling: Sampling
+    seeds: int
     samples: bool
     metric: str
     inception_weights: Path | None
@@ -87,6 +90,8 @@ def resolve(options: argparse.Namespace) -> Run:
         device=device_name(device),
         precision=options.precision,
     )
+    if options.seed + options.seeds - 1 > LARGEST_SEED:
+        raise UserError(f"--seeds {options.seeds}: the last seed would be above {LARGEST_SEED}; give a smaller --seed")
     return Run(
         preset_name=name,
         why=why,
@@ -100,6 +105,7 @@ def resolve(options: argparse.Namespace) -> Run:
         curvature=options.curvature,
         device=device,
         sampling=sampling,
+        seeds=options.seeds,
         samples=options.samples,
         metric=options.metric,
         inception_weights=options.inception_weights,
@@ -132,15 +138,17 @@ def start(options: argparse.Namespace) -> Run:
     workers = f"{threads} threads" if processes == 1 else f"{processes} processes of {threads} threads"
     print(f"preset {run.preset_name} ({run.why}); {run.sampling.device}, {workers}, torch {torch.__version__}")
     if run.samples:
+        first, last = run.sampling.seed, run.sampling.seed + run.seeds - 1
+        seeds = f"seed {first}" if first == last else f"each of seeds {first} to {last}"
         print(
             f"{run.sampling.images} images, {run.sampling.method}, batch {run.sampling.batch_size}, "
-            f"{run.sampling.precision}, seed {run.sampling.seed}; data {run.data}; {run.out}/"
+            f"{run.sampling.precision}, {seeds}; data {run.data}; {run.out}/"
         )
     if run.dry_run:
         print_sizes(run)
         raise SystemExit(0)
     distributed.on_first(run.results.rows)  # raises where the file is damaged
-    images_mib = 2 * run.sampling.images / 1024 if run.samples else 0  # of one model, whole and in parts
+    images_mib = 2 * run.seeds * run.sampling.images / 1024 if run.samples else 0  # of one model, whole and in parts
     for folder in (run.out, *(run.out / name for name in ("images", "models", "reference"))):
         require_writable(f"--out {run.out}", folder, needed_mib=32 * size_mib(run.preset.network, {}) + images_mib)
     if run.samples:
@@ -221,7 +229,7 @@ def cost_estimate(run: Run) -> str:
             loss = network(x, t).square().mean()
         loss.backward()
 
-    sampling_seconds = seconds(forward) * run.sampling.images * run.sampling.steps
+    sampling_seconds = seconds(forward) * run.seeds * run.sampling.images * run.sampling.steps
     training_seconds = seconds(train_step) * run.training.batch_size * run.training.steps
     text = (
         f"cost on this device, roughly: {duration(sampling_seconds)} for the images of one row, "

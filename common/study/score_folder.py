@@ -119,6 +119,7 @@ def main():
         )
     scores = score(images, network, load_reference(digits, network, cache=None))
     print(f"{len(images)} images against {len(digits)} digits of {options.data}; {describe(network)}")
-    print(f"FID {scores.fid.value:.3f} ± {scores.fid.error:.3f}")
+    print(f"FID {scores.fid_unbiased.value:.4f} ± {scores.fid_unbiased.error:.4f} as of infinitely many images")
+    print(f"FID {scores.fid.value:.3f} ± {scores.fid.error:.3f} of {len(images)}, which compares with as many only")
     print(f"KID {1e3 * scores.kid.value:.3f} ± {1e3 * scores.kid.error:.3f} (x 1000)")
     print(f"Score {scores.inception_score.value:.3f} ± {scores.inception_score.error:.3f}")

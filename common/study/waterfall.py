@@ -14,7 +14,8 @@ from dataclasses import replace
 from common.fisher.information import WORDS
 from common.formats.packed import MIB, Model
 from common.options import bounded_float, number, script_parser
-from common.study.budget_models import EntropyCoding, Maker, other_values, require_reachable, tensor_values
+from common.study.budget_models import Maker, other_values, require_reachable, tensor_values
+from common.study.codings import EntropyCoding
 from common.study.held_out import Judged, held_out
 from common.study.pipeline import run_models
 from common.study.run import Run

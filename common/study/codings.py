@@ -1,0 +1,109 @@
+"""Codings of a baseline, each of which makes files of a given size."""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from common.choose import allocation
+from common.choose.allocation import WIDTHS, BudgetError, fixed_formats
+from common.choose.feedback import Feedback
+from common.choose.fixed_rounding import FixedRounding
+from common.choose.rounding import PRICE_OF_A_BIT
+from common.formats import entropy
+from common.formats.numbers import stored_bytes
+from common.formats.packed import Model, Quantizer, file_bytes, tensor_shapes
+
+
+class Allocator(Protocol):
+    """One coding of a baseline."""
+
+    def smallest(self, metadata: dict) -> int:
+        """Bytes of the smallest file there is, whatever the Fisher values."""
+
+    def fit(self, limit: int, values: dict[str, float], metadata: dict) -> Model:
+        """The model of least Fisher-weighted error whose file has at most `limit` bytes. Raises BudgetError."""
+
+
+@dataclass(frozen=True)
+class EntropyCoding:
+    """Steps by Fisher values, rounded by `feedback` at a `price` of a bit (in squared steps), entropy-coded."""
+
+    baseline: Model
+    feedback: dict[str, Feedback]
+    price: float = PRICE_OF_A_BIT
+
+    def smallest(self, metadata: dict) -> int:
+        zeros = {name: np.zeros(tuple(weight.shape), np.int64) for name, weight in self.baseline.state.items()}
+        return file_bytes(coded_model(self.baseline, entropy.encode(zeros, dict.fromkeys(zeros, 1.0)), metadata))
+
+    def fit(self, limit: int, values: dict[str, float], metadata: dict) -> Model:
+        def size(stored) -> int:
+            return file_bytes(coded_model(self.baseline, stored, metadata))
+
+        left = {name: value * self._gain(name) for name, value in values.items()}
+        stored = allocation.entropy_coded(self.baseline.state, left, size, limit, self.feedback, self.price)
+        return coded_model(self.baseline, stored, metadata)
+
+    def _gain(self, name: str) -> float:
+        """The share of a weight's error that is left once its neighbours have made good the rest."""
+        return self.feedback[name].gain if name in self.feedback else 1.0
+
+
+@dataclass(frozen=True)
+class FixedWidths:
+    """One format for each tensor, the best choice there is for its `rounding`."""
+
+    baseline: Model
+    rounding: FixedRounding = field(default_factory=FixedRounding)
+
+    def smallest(self, metadata: dict) -> int:
+        return file_bytes(self._in_formats(self._narrowest(), metadata))
+
+    def fit(self, limit: int, values: dict[str, float], metadata: dict) -> Model:
+        shapes = tensor_shapes(self.baseline.config)
+        axes = {name: axis for name, (_, axis) in shapes.items()}
+        least = sum(stored_bytes(shapes[name][0], fmt, axes[name]) for name, fmt in self._narrowest().items())
+        header = 0
+        while True:  # until the header, whose length follows from the formats, fits too
+            formats = fixed_formats(self.baseline.state, axes, values, max(least, limit - header), self._errors)
+            there = file_bytes(self._in_formats(formats, metadata))  # however it is rounded
+            excess = there - limit
+            if excess <= 0:
+                return self._in_formats(formats, metadata, self.rounding.quantize)
+            if limit - header <= least:
+                raise BudgetError(there)
+            header += excess
+
+    @cached_property
+    def _errors(self) -> dict[str, dict[str, float]]:
+        axes = {name: axis for name, (_, axis) in tensor_shapes(self.baseline.config).items()}
+        return allocation.format_errors(self.baseline.state, axes, self.rounding)
+
+    def _narrowest(self) -> dict[str, str]:
+        """The format of fewest bytes of each tensor."""
+        return {
+            name: min(WIDTHS if len(shape) > 1 else WIDTHS[-2:], key=lambda fmt: stored_bytes(shape, fmt, axis))
+            for name, (shape, axis) in tensor_shapes(self.baseline.config).items()
+        }
+
+    def _in_formats(self, formats: dict[str, str], metadata: dict, quantizer: Quantizer | None = None) -> Model:
+        model = replace(self.baseline, metadata=metadata)
+        for fmt in set(formats.values()):
+            model = model.quantize(
+                [name for name, chosen in formats.items() if chosen == fmt], fmt, metadata, quantizer
+            )
+        return model
+
+
+def coded_model(baseline: Model, stored: dict[str, torch.Tensor], metadata: dict) -> Model:
+    """The model of what `common.formats.entropy` stores."""
+    return Model(baseline.config, stored, dict.fromkeys(baseline.state, "entropy"), metadata)
+
+
+def make_allocator(baseline: Model, coding: str, feedback: dict[str, Feedback], rounding: str = "nearest") -> Allocator:
+    if coding == "entropy":
+        return EntropyCoding(baseline, feedback)
+    return FixedWidths(baseline, FixedRounding(rounding, feedback))
