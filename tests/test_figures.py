@@ -98,6 +98,34 @@ def test_fid_and_psnr_against_size():
     assert {text.get_text() for text in legend.get_texts()} == {*bars(fid), REAL.label}
 
 
+def test_the_unbiased_difference_is_drawn_where_rows_have_it():
+    def unbiased(value, error):
+        return {"fid_unbiased": Figure(1 + value, 0.5), "fid_unbiased_difference": Figure(value, error)}
+
+    real = row("Real test digits", 0.05, 0.004, fid_unbiased=Figure(0.01, 0.002))
+    baseline = row("Baseline", 0.08, 0.008, size_mib=8.0, fid_unbiased=Figure(0.02, 0.005), digits_seen=300)
+    rows = [
+        real, baseline,
+        row("Uniform", 0.09, 0.009, psnr=40, size_mib=4.0, **unbiased(-0.001, 0.002)),
+        row("Ratio", 0.2, 0.02, psnr=30, size_mib=0.9, setting="0.5", format="int4", **unbiased(0.1, 0.02)),
+        row("Ratio", 0.3, 0.02, psnr=30, size_mib=0.8, setting="0.25", format="int4", **unbiased(0.2, 0.03)),
+    ]  # fmt: skip
+    fid, _ = figures.draw_fid_against_size(rows).axes
+    found = {label: points for label, points in bars(fid).items() if points}
+    ratio = [(0.9, 0.1, 0.02), (0.8, 0.2, 0.03)]
+    assert found == close_to({"Uniform": [(4.0, -0.001, 0.002)], "Ratio": ratio})
+    assert fid.get_yscale() == "symlog" and fid.get_ylabel() == "unbiased FID less FP32's (mnist features abcc2d22)"
+    assert not fid.patches and any(line.get_label() == "FP32" for line in fid.get_lines())
+    (axis,) = figures.draw_fid_against_ratio(rows).axes
+    (points,) = bars(axis).values()
+    assert points == [pytest.approx((0.25, 0.2, 0.03)), pytest.approx((0.5, 0.1, 0.02))]
+    early = row("Training", 0.5, 0.05, digits_seen=100, fid_unbiased=Figure(0.4, 0.04))
+    (axis,) = figures.draw_learning_curve([real, baseline, early]).axes
+    (points,) = bars(axis).values()
+    assert points == [pytest.approx((100, 0.4, 0.04)), pytest.approx((300, 0.02, 0.005))]
+    assert band(axis) == pytest.approx((0.008, 0.012)) and axis.get_ylabel().startswith("unbiased FID (")
+
+
 def test_one_size_is_no_figure():
     assert figures.draw_fid_against_size([REAL, row("Baseline", 0.08, 0.008, size_mib=8.0)]) is None
 

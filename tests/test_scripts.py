@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -439,6 +440,27 @@ def test_the_frontier_is_one_figure(call, trained, monkeypatch, capsys):
     path = Path("results/quick/figures/fid-size.png")
     assert capsys.readouterr().out.split() == [str(path)] and path.stat().st_size > 10_000
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_seeds_are_pooled(call, trained, monkeypatch):
+    for seed in ("0", "1"):
+        call("simplediffusion", "--format", "int4", "--seed", seed)
+    apart = {r["seed"]: r for r in rows() if r["label"] == "Uniform (INT4)"}
+    before = set(Path("results/quick/images").iterdir())
+    monkeypatch.setattr("common.ddpm.sampling.sample", lambda *_, **__: pytest.fail("sampled again"))
+    printed = call("simplediffusion", "--format", "int4", "--seeds", "2")
+    assert "each of seeds 0 to 1" in printed and set(Path("results/quick/images").iterdir()) == before
+    real, baseline, pooled = (r for r in rows() if r["seeds"] == 2)
+    assert (pooled["label"], pooled["images"], pooled["seed"]) == ("Uniform (INT4)", 260, 0)
+    assert real["label"] == "Real test digits (260)" and "fid_unbiased" in real
+    assert pooled["image_file"] == apart[0]["image_file"] and baseline["seeds"] == 2
+    for key in FIGURES[:-1]:
+        assert pooled[key] == pytest.approx((apart[0][key] + apart[1][key]) / 2, rel=1e-9)
+        # Draws of their own: the variance of their mean is that of each, summed, over 2^2.
+        alone = np.hypot(*(row[f"{key}_error"] for row in apart.values())) / 2
+        assert pooled[f"{key}_error"] == pytest.approx(alone, rel=0.01)
+    squared = [255**2 / 10 ** (row["psnr"] / 10) for row in apart.values()]
+    assert pooled["psnr"] == pytest.approx(10 * np.log10(255**2 / np.mean(squared)), rel=1e-9)
 
 
 def test_report_keeps_settings_apart(call, trained, monkeypatch, capsys):

@@ -16,12 +16,12 @@ from common.study.memorised import format_nearest
 from common.study.rows import BASELINE, Figure, ResultStore, Row, group_rows
 
 COLUMNS = [
-    "Model", "unbiased FID", "less FP32's", "KID x1000 less FP32's", "KID x1000", "FID at N", "less FP32's", "Score",
-    "PSNR dB", "MiB", "smaller", "file MiB", "published FID, MiB",
+    "Model", "unbiased FID", "- FP32", "KID - FP32", "KID x1000", "FID at N", "- FP32", "Score", "PSNR dB", "MiB",
+    "smaller", "file MiB", "published FID, MiB",
 ]  # fmt: skip
 FOOT = (
-    "unbiased FID: what the FID of infinitely many images would be, below 0 by chance alone; FID at N: of as many "
-    "images as there are, most of it bias, to be compared only with that of as many; less FP32's: on the same noise"
+    "unbiased FID: as of infinitely many images, below 0 by chance alone; FID at N: of these images, mostly bias, "
+    "compares only with as many; - FP32: paired, on the same noise (of KID x1000)"
 )
 
 
