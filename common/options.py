@@ -169,7 +169,7 @@ def _add_sampling(group) -> None:
         "--seeds",
         type=whole_number(1, 1000),
         metavar="N",
-        help="draws of --images images, of --seed and the seeds after it; a row has the mean over them",
+        help="draws of as many images each, of seeds that follow one another; a row has the mean over them",
     )
     group.add_argument("--sampler", choices=("ddpm", "ddim", "dpm++"), help="default: the preset's")
     group.add_argument(

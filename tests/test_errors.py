@@ -30,8 +30,8 @@ SCRIPTS = ("simplediffusion", "whole_threshold", "layer_group", "layer_ratio", "
 PATHS = ("simplediffusion", "layer_ratio")  # the two ways through the pipeline: what scripts share has no more
 SHARED = [
     "--preset", "--checkpoint", "--data", "--data-dir", "--images", "--sampler",
-    "--steps", "--eta", "--batch-size", "--seed", "--device", "--precision", "--metric", "--inception-weights", "--out",
-    "--dry-run",
+    "--steps", "--eta", "--batch-size", "--seed", "--seeds", "--device", "--precision", "--metric",
+    "--inception-weights", "--out", "--dry-run",
 ]  # fmt: skip
 
 
@@ -543,7 +543,7 @@ def test_help_shows_shared_options_and_defaults(script, tmp_path):
     for option in SHARED + own.get(script, ["--format", "--timestep-weighting"]):
         assert option in shown
     assert f"python {script}.py" in shown
-    for option, default in [("--data-dir", "data"), ("--seed", "0"), ("--metric", "mnist")]:
+    for option, default in [("--data-dir", "data"), ("--seed", "0"), ("--seeds", "1"), ("--metric", "mnist")]:
         own = shown.split(f" {option} ")[-1].split(" --")[0]
         assert f"(default: {default})" in own, option
 

@@ -463,6 +463,11 @@ def test_seeds_are_pooled(call, trained, monkeypatch):
     assert pooled["psnr"] == pytest.approx(10 * np.log10(255**2 / np.mean(squared)), rel=1e-9)
 
 
+def test_seeds_end_at_the_largest(call):
+    with pytest.raises(UserError, match="--seeds 3: the last seed would be above 18446744073709551615"):
+        call("simplediffusion", "--seed", str(2**64 - 2), "--seeds", "3")
+
+
 def test_report_keeps_settings_apart(call, trained, monkeypatch, capsys):
     call("simplediffusion", "--seed", "1")
     monkeypatch.setattr("common.study.figures.draw_all", lambda *_, **__: [])  # takes seconds
