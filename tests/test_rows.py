@@ -122,6 +122,16 @@ def test_a_row_of_the_same_identity_is_replaced_where_it_stands(tmp_path):
     assert len(store.rows()) == 3
 
 
+def test_a_file_is_left_alone_where_nothing_is_new(tmp_path):
+    store = ResultStore(tmp_path / "results.jsonl")
+    store.add([ROW])
+    before = store.path.stat().st_ino
+    store.add([ROW])
+    assert store.path.stat().st_ino == before
+    store.add([replace(ROW, updates=3)])
+    assert store.path.stat().st_ino != before
+
+
 def test_groups_begin_with_real_digits_and_the_baseline():
     seed1 = replace(ROW, settings=replace(SETTINGS, seed=1))
     baseline, real = replace(ROW, strategy="Baseline"), replace(ROW, strategy=REAL)

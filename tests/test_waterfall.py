@@ -7,11 +7,11 @@ import pytest
 
 from common.errors import run_main
 from common.formats.packed import MIB, full_precision, load_model, save_model
-from common.study import report, waterfall
+from common.study import report
 from common.study.rows import ResultStore
 from common.study.run import preset_checkpoint
 
-PARTS = (", nearest", ", no feedback", "", ", unweighted", ", magnitude")
+PARTS = (", nearest", ", no feedback", "", ", Gauss-Newton", ", unweighted", ", magnitude")
 
 
 @pytest.fixture
@@ -31,32 +31,17 @@ def call(tiny_preset, tiny_network, monkeypatch, tmp_path):
 
 
 def test_each_part_is_a_row_of_the_same_size(call, capfd):
-    rows = [row for row in call("common.study.waterfall", "--times", 6, 4.5) if row.strategy == "Budget"]
+    rows = [row for row in call("common.study.waterfall", "--times", 6) if row.strategy == "Budget"]
     printed = capfd.readouterr().out
-    assert [row.label for row in rows] == [f"Budget {x}x{part} (entropy)" for x in ("6", "4.5") for part in PARTS]
-    for row, times in zip(rows, [6] * 5 + [4.5] * 5, strict=True):
-        limit = int(call.baseline.size_mib() * MIB / times)
+    assert [row.label for row in rows] == [f"Budget 6x{part} (entropy)" for part in PARTS]
+    limit = int(call.baseline.size_mib() * MIB / 6)
+    for row in rows:
         assert 0.98 * limit < row.file_mib * MIB <= limit
         assert f"\n{row.label}: loss on held-out digits " in printed
         assert load_model(row.file).sha256 == row.weights
-    assert len({row.weights for row in rows}) == 10
+    assert len({row.weights for row in rows}) == len(PARTS)
     (budget,) = [r for r in call("layer_budget", "--times", 6) if r.label == "Budget 6x (entropy)"]
     assert budget.weights == rows[2].weights and budget.loss_increase == rows[2].loss_increase
-
-
-def test_other_values_can_be_plugged_in(call, monkeypatch):
-    """{variant: {tensor: value}}: the same value for all, whatever it is, decides the same steps.
-
-    The name is as long as that beside it: a longer header leaves fewer bytes."""
-    plain = waterfall.models
-
-    def with_fours(run, baseline, limits, others):
-        return plain(run, baseline, limits, {"four times": dict.fromkeys(baseline.state, 4.0)})
-
-    monkeypatch.setattr(waterfall, "models", with_fours)
-    rows = {row.label: row for row in call("common.study.waterfall", "--times", 6)}
-    fours, ones = rows["Budget 6x, four times (entropy)"], rows["Budget 6x, unweighted (entropy)"]
-    assert fours.variant == "four times" and fours.weights == ones.weights != rows["Budget 6x (entropy)"].weights
 
 
 def test_a_size_that_cannot_be_reached_is_said_before_any_work(call, monkeypatch, tmp_path):

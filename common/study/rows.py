@@ -252,7 +252,9 @@ class ResultStore:
                 known = {key: getattr(before, key) for key in _NOT_ALWAYS if getattr(row, key) is None}
                 kept[row.identity] = replace(row, **known)
             lines = [json.dumps(row.to_json(), sort_keys=True, allow_nan=False) + "\n" for row in kept.values()]
-            write_atomically(self.path, "".join(lines).encode())
+            content = "".join(lines).encode()
+            if not self.path.is_file() or self.path.read_bytes() != content:
+                write_atomically(self.path, content)
 
 
 def group_rows(rows: list[Row]) -> list[list[Row]]:
