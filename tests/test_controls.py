@@ -186,9 +186,8 @@ def test_a_permutation_that_chooses_the_same_counts_against_the_rule():
     assert [j.place for j in judged[1:]] == [None, None] and judged[2].loss_increase.value == 2.0
 
 
-def test_the_increase_is_that_of_each_digit_with_its_own_noise(run, baseline, monkeypatch):
-    monkeypatch.setattr(held_out, "DIGITS", 7)
-    digits = held_out.held_out(run, baseline)
+def test_the_increase_is_that_of_each_digit_with_its_own_noise(run, baseline):
+    digits = held_out.held_out(run, baseline, 7)
     assert digits.t.tolist() == [71, 214, 357, 500, 642, 785, 928] and digits.x0.shape == (7, 1, 32, 32)
     assert digits.increase(baseline) == held_out.Figure(0.0, 0.0)
     model = baseline.quantize(layer_weights(baseline.state), "int2", {})

@@ -8,15 +8,15 @@ import torch
 
 from common.ddpm.digits import load_digits, to_model_range
 from common.ddpm.noise import NoiseStreams
-from common.ddpm.schedule import Schedule
+from common.ddpm.schedule import Schedule, denoising_loss
 from common.formats.packed import Model
 from common.runtime import distributed
 from common.runtime.device import derive_seed
 from common.study.rows import Figure, Row
 from common.study.run import Run
-from common.study.sensitivity import digit_losses
 
 DIGITS = 200
+BATCH = 50
 FID_DRAWS = 2  # of a row's permutations: so many are sampled too
 
 
@@ -54,12 +54,18 @@ class HeldOut:
         return digit_losses(model.network().to(self.x0.device), self.schedule, self.x0, self.t, self.noise)
 
 
-def held_out(run: Run, baseline: Model) -> HeldOut:
-    """`DIGITS` test digits, or all where there are fewer, at timesteps spread evenly: those that python -m common
-    sensitivity takes."""
+def digit_losses(network, schedule, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> np.ndarray:
+    """(digits,): the loss of each digit at its timestep, with its noise."""
+    with torch.inference_mode():
+        parts = zip(x0.split(BATCH), t.split(BATCH), noise.split(BATCH), strict=True)
+        return torch.cat([denoising_loss(network, schedule, *part).double().cpu() for part in parts]).numpy()
+
+
+def held_out(run: Run, baseline: Model, number: int = DIGITS) -> HeldOut:
+    """So many test digits, or all where there are fewer, at timesteps spread evenly."""
     digits = load_digits(run.data, "test", run.data_dir)
     seed, timesteps = derive_seed(run.sampling.seed, "sensitivity"), baseline.config.timesteps
-    chosen = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))[:DIGITS]
+    chosen = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))[:number]
     x0, n = to_model_range(digits[chosen]).to(run.device), len(chosen)
     t = ((torch.arange(n, device=run.device) + 0.5) * timesteps / n).long()
     noise, schedule = NoiseStreams(seed, range(n)).draw(run.device), Schedule(timesteps, run.device)

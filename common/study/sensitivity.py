@@ -17,26 +17,16 @@ import torch
 from tqdm import tqdm
 
 from common.choose.layers import layer_of, layer_weights
-from common.ddpm.digits import load_digits, to_model_range
-from common.ddpm.noise import NoiseStreams
-from common.ddpm.schedule import Schedule, denoising_loss
+from common.ddpm.digits import load_digits
+from common.ddpm.schedule import Schedule
 from common.errors import UserError
 from common.formats.numbers import fake_quantize, stored_format
 from common.formats.packed import Model, tensor_shapes
 from common.options import positive_int, script_parser
 from common.presets import FORMATS
-from common.runtime.device import derive_seed
 from common.runtime.files import write_atomically
+from common.study.held_out import digit_losses, held_out
 from common.study.increases import EVEN, FILE, Increases, format_sensitivity
-
-BATCH = 50
-
-
-def digit_losses(network, schedule, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> np.ndarray:
-    """(digits,): the loss of each digit at its timestep, with its noise."""
-    with torch.inference_mode():
-        parts = zip(x0.split(BATCH), t.split(BATCH), noise.split(BATCH), strict=True)
-        return torch.cat([denoising_loss(network, schedule, *part).double().cpu() for part in parts]).numpy()
 
 
 def quantize_each_alone(
@@ -90,17 +80,13 @@ def main():
     if options.digits < 2:
         parser.error("argument --digits: 1 is too few for a standard error; give at least 2")
     run = start(options)
-    digits = load_digits(run.data, "test", run.data_dir)
-    if options.digits > len(digits):
-        raise UserError(
-            f"--digits {options.digits}: there are {len(digits)} test digits in {run.data}; give at most as many"
-        )
+    there = len(load_digits(run.data, "test", run.data_dir))
+    if options.digits > there:
+        raise UserError(f"--digits {options.digits}: there are {there} test digits in {run.data}; give at most as many")
     model = load_baseline(run)
     tables = fisher_table(run, model), gauss_newton_table(run, model)
-    generator = torch.Generator().manual_seed(derive_seed(run.sampling.seed, "sensitivity"))
-    x0 = to_model_range(digits[torch.randperm(len(digits), generator=generator)[: options.digits]]).to(run.device)
-    noise = NoiseStreams(derive_seed(run.sampling.seed, "sensitivity"), range(len(x0))).draw(run.device)
-    t = ((torch.arange(len(x0), device=run.device) + 0.5) * model.config.timesteps / len(x0)).long()
+    held = held_out(run, model, options.digits)
+    samples = held.x0, held.t, held.noise
     fisher, gauss_newton = (
         {
             which: dict(zip(table.names, table.estimates(weighting)[0].tolist(), strict=True))
@@ -112,11 +98,11 @@ def main():
         "preset": run.preset_name,
         "baseline": model.sha256,
         "data": run.data,
-        "digits": len(x0),
+        "digits": options.digits,
         "seed": run.sampling.seed,
     }
     formats = dict.fromkeys(options.formats)  # each once
-    lines = [header, *(asdict(quantize_each_alone(model, fmt, fisher, gauss_newton, x0, t, noise)) for fmt in formats)]
+    lines = [header, *(asdict(quantize_each_alone(model, fmt, fisher, gauss_newton, *samples)) for fmt in formats)]
     path = run.out / FILE
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
     distributed.on_first(lambda: write_atomically(path, content))
