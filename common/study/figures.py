@@ -196,12 +196,14 @@ def _level_to_compare(axis, rows: list[Row], shown: str) -> None:
 
 
 def _fid_scale(axis, drawn: list[Figure]) -> None:
-    """A logarithmic axis; linear around zero as far as the lowest bar reaches below it, if any does."""
+    """A logarithmic axis; where a bar reaches below zero, linear around it as far as that bar and the usual error."""
     low = min(figure.value - figure.error for figure in drawn)
     if low > 0:
         axis.set_yscale("log")
     else:
-        axis.set_yscale("symlog", linthresh=max(-low, min(figure.error for figure in drawn), 1e-6))
+        linear = max(-low, float(np.median([figure.error for figure in drawn])), 1e-6)
+        axis.set_yscale("symlog", linthresh=linear)
+        axis.set_ylim(bottom=1.2 * low - 0.1 * linear)
 
 
 def _plain_ticks(axis) -> None:
