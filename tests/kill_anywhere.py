@@ -62,6 +62,7 @@ def remove(folder: Path, patterns: tuple[str, ...]) -> None:
 
 def measure(phase: Phase, base: Path, whole: Path) -> float:
     """Makes `whole`, the folder of a run that nothing stops; returns the seconds that the phase takes."""
+    remove(whole, phase.absent)  # rows hold what an earlier command said of their models
     finish(whole, phase.command, base / "output")
     work = base / "timed"
     shutil.copytree(whole, work)
