@@ -64,7 +64,7 @@ def main():
         parser.error("argument --rounding: goes with --coding fixed only; entropy coding has feedback always")
 
     from common.formats.packed import MIB
-    from common.study.budget_models import build
+    from common.study.budget_models import build, limits_of
     from common.study.pipeline import run_models
 
     share = 0.25 if options.margin is None else options.margin
@@ -75,7 +75,7 @@ def main():
         elif "auto" in options.times:
             limits = {}
         else:
-            limits = {f"{number(times)}x": int(baseline.size_mib() * MIB / times) for times in options.times}
+            limits = limits_of(baseline, options.times)
         rounding = options.rounding or ("feedback" if options.coding == "fixed" else "nearest")
         wanted = options.coding, limits, options.finetune, options.controls, share, rounding
         return build(run, evaluator, baseline, *wanted)

@@ -125,10 +125,9 @@ def entropy_coded(
     """`rounding.encode` of FP32 `weights` with steps by their Fisher `values`, in at most `budget` bytes.
 
     size: the bytes of what is stored; feedback: of the weights that are rounded by it; price: of a bit, in squared
-    steps. At high resolution the least sum
-    of F step^2 / 12 for its entropy has steps proportional to 1 / sqrt(F), so one factor remains to be found. Tensors
-    of value zero, which the loss does not reach, become zero. Raises BudgetError, and UserError where a value is not
-    finite.
+    steps. At high resolution the least sum of F step^2 / 12 for its entropy has steps proportional to 1 / sqrt(F), so
+    one factor remains to be found. Tensors of value zero, which the loss does not reach, become zero. Raises
+    BudgetError, and UserError where a value is not finite.
     """
     _require_finite(values)
     largest = {name: max(1e-30, float(weight.abs().max())) for name, weight in weights.items()}

@@ -89,14 +89,16 @@ def fid_unbiased(features: np.ndarray, reference: Reference) -> Estimate:
     group[np.random.default_rng(0).permutation(images)] = np.arange(images) % GROUPS
     parts = [_sums(features[group == k], centre, reference.covariance_root) for k in range(GROUPS)]
     sums = [sum(of_parts) for of_parts in zip(*parts, strict=True)]
-    dimensions = len(_overlap(sums, reference.covariance_root)[0])
-    value, whole = _without_gaussian_bias(features, sums, centre, reference, dimensions)
+    overlap = _overlap(sums, reference.covariance_root)
+    dimensions = len(overlap[0])
+    value, whole = _without_gaussian_bias(features, sums, centre, reference, overlap, dimensions)
     value, influence, doubled = GROUPS * value, GROUPS * whole, np.zeros((GROUPS, images))
     share = (GROUPS - 1) / GROUPS
     for k, part in enumerate(parts):
         left = np.flatnonzero(group != k)
         rest = [whole - its for whole, its in zip(sums, part, strict=True)]
-        without, of_left = _without_gaussian_bias(features[left], rest, centre, reference, dimensions)
+        overlap = _overlap(rest, reference.covariance_root)
+        without, of_left = _without_gaussian_bias(features[left], rest, centre, reference, overlap, dimensions)
         value -= share * without
         influence[left] -= share * images / len(left) * of_left
         moved = of_left - whole[left]
@@ -125,14 +127,15 @@ def _overlap(sums, root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _without_gaussian_bias(
-    features: np.ndarray, sums, centre: np.ndarray, reference: Reference, dimensions: int
+    features: np.ndarray, sums, centre: np.ndarray, reference: Reference, spectrum, dimensions: int
 ) -> tuple[float, np.ndarray]:
-    """The first step of `fid_unbiased`, of features (N, D) whose `_sums` are given, and the influence of each."""
+    """The first step of `fid_unbiased`, of features (N, D) whose `_sums` are given, and `spectrum`, their `_overlap`;
+    and the influence of each."""
     count, total, square, _ = sums
     mean = centre + total / count
     shift = mean - reference.mean
     trace = (square - total @ total / count) / (count - 1)
-    values, vectors = _overlap(sums, reference.covariance_root)
+    values, vectors = spectrum
     overlap, derivative = root_trace(values, count - 1, dimensions)
     value = shift @ shift - trace / count + trace + np.trace(reference.covariance) - 2 * overlap
 

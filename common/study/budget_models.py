@@ -86,6 +86,11 @@ def build(
     return _build_by_search(maker, evaluator, updates, most, share)
 
 
+def limits_of(baseline: Model, factors: list[float]) -> dict[str, int]:
+    """{what was asked for: bytes}: of files so many times smaller than the baseline's tensors."""
+    return {f"{number(times)}x": int(baseline.size_mib() * MIB / times) for times in factors}
+
+
 def require_reachable(run: Run, baseline: Model, coding: str, limits: dict[str, int]) -> float:
     """How many times smaller than the baseline's tensors a file can be. Raises UserError for a limit below."""
     size = baseline.size_mib() * MIB

@@ -10,6 +10,7 @@ from common.ddpm.digits import load_digits, to_model_range
 from common.ddpm.noise import NoiseStreams
 from common.ddpm.schedule import Schedule, denoising_loss
 from common.formats.packed import Model
+from common.metrics.estimate import standard_error
 from common.runtime import distributed
 from common.runtime.device import derive_seed
 from common.study.rows import Figure, Row
@@ -48,10 +49,15 @@ class HeldOut:
     def increase(self, model: Model) -> Figure:
         """The mean increase of the loss over the baseline's, and its standard error over digits (paired)."""
         more = distributed.on_first(lambda: self._losses(model)) - self.before
-        return Figure(float(more.mean()), float(more.std(ddof=1) / len(more) ** 0.5))
+        return Figure(*mean_and_error(more))
 
     def _losses(self, model: Model) -> np.ndarray:
         return digit_losses(model.network().to(self.x0.device), self.schedule, self.x0, self.t, self.noise)
+
+
+def mean_and_error(of_digit: np.ndarray) -> tuple[float, float]:
+    """The mean over digits, and its standard error."""
+    return float(of_digit.mean()), standard_error(of_digit)
 
 
 def digit_losses(network, schedule, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> np.ndarray:

@@ -12,7 +12,6 @@ over tensors, of increases over digits.
 import json
 from dataclasses import asdict
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -25,7 +24,7 @@ from common.formats.packed import Model, tensor_shapes
 from common.options import positive_int, script_parser
 from common.presets import FORMATS
 from common.runtime.files import write_atomically
-from common.study.held_out import digit_losses, held_out
+from common.study.held_out import digit_losses, held_out, mean_and_error
 from common.study.increases import EVEN, FILE, Increases, format_sensitivity
 
 
@@ -59,11 +58,6 @@ def quantize_each_alone(
     means, errors = zip(*(mean_and_error(losses[name]) for name in names), strict=True)
     in_order = [{which: [v[n] for n in names] for which, v in kind.items()} for kind in (fisher, gauss_newton)]
     return Increases(fmt, names, list(means), squared_errors, in_order[0], layers, list(errors), in_order[1], together)
-
-
-def mean_and_error(of_digit: np.ndarray) -> tuple[float, float]:
-    """The mean over digits, and its standard error."""
-    return float(of_digit.mean()), float(of_digit.std(ddof=1) / len(of_digit) ** 0.5)
 
 
 def main():

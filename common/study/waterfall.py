@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from common.fisher.information import WORDS
-from common.formats.packed import MIB, Model
-from common.options import bounded_float, number, script_parser
-from common.study.budget_models import Maker, other_values, require_reachable, tensor_values
+from common.formats.packed import Model
+from common.options import bounded_float, script_parser
+from common.study.budget_models import Maker, limits_of, other_values, require_reachable, tensor_values
 from common.study.codings import EntropyCoding
 from common.study.held_out import Judged, held_out
 from common.study.pipeline import run_models
@@ -60,10 +60,8 @@ def main():
     options = parser.parse_args()
 
     def build(run, evaluator, baseline):
-        size = baseline.size_mib() * MIB
-        limits = {f"{number(times)}x": int(size / times) for times in options.times}
         other = next(curvature for curvature in WORDS if curvature != run.curvature)
         values = tensor_values(replace(run, curvature=other), baseline)
-        return models(run, baseline, limits, others={WORDS[other]: values})
+        return models(run, baseline, limits_of(baseline, options.times), others={WORDS[other]: values})
 
     run_models(options, build)
