@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.ddpm.digits import DataError
+from common.runtime.sealed import shorten
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 DECODERS = ("PNG", "JPEG", "WEBP")  # not all of Pillow's, some of which start other programs
@@ -31,6 +32,24 @@ def is_held_out(name: str) -> bool:
     return int.from_bytes(first, "big") < HELD_OUT_SHARE * 2**64
 
 
+def describe_folder(folder: Path) -> str:
+    """Its name, and a hash of the names and sizes of the images in it. Raises DataError."""
+    sizes = [(name, (folder / name).stat().st_size) for name in list_images(folder)]
+    return f"{shorten(folder.absolute().name)} {hashlib.sha256(repr(sizes).encode()).hexdigest()[:8]}"
+
+
+def split_names(folder: Path, split: str) -> list[str]:
+    """The names of the images in the split "train" or "test". Raises DataError where they are too few."""
+    names = [name for name in list_images(folder) if is_held_out(name) == (split == "test")]
+    if len(names) < FEWEST[split]:
+        what = "held out, by a hash of their names" if split == "test" else "to calibrate with"
+        raise DataError(
+            f"--data {folder}: only {len(names)} images there are {what}; {FEWEST[split]} are the least, "
+            "some hundreds in all are better"
+        )
+    return names
+
+
 @lru_cache(maxsize=2)
 def load_folder(folder: Path, split: str, shape: tuple[int, int, int]) -> torch.Tensor:
     """uint8 (N, C, H, W), or (N, H, W) where C is 1, for `shape` (C, H, W): the png, jpg and webp files in `folder` and
@@ -42,13 +61,7 @@ def load_folder(folder: Path, split: str, shape: tuple[int, int, int]) -> torch.
     channels, height, width = shape
     if channels not in MODES:
         raise DataError(f"--data {folder}: files of images have 1, 3 or 4 channels, and the model takes {channels}")
-    names = [name for name in list_images(folder) if is_held_out(name) == (split == "test")]
-    if len(names) < FEWEST[split]:
-        what = "held out, by a hash of their names" if split == "test" else "to calibrate with"
-        raise DataError(
-            f"--data {folder}: only {len(names)} images there are {what}; {FEWEST[split]} are the least, "
-            "some hundreds in all are better"
-        )
+    names = split_names(folder, split)
     images = torch.empty(len(names), channels, height, width, dtype=torch.uint8)
     for image, name in zip(images, tqdm(names, desc=f"reading {split}", unit="image"), strict=True):
         image.copy_(_read(folder / name, channels, height, width))

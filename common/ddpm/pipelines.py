@@ -46,7 +46,9 @@ class DiffusersConfig:
         unet, scheduler = checked_unet(unet), {"_class_name": "DDPMScheduler"} if scheduler is None else scheduler
         timesteps = checked_scheduler(scheduler)["num_train_timesteps"]
         if unet["num_train_timesteps"] not in (None, timesteps):
-            raise ValueError(f"num_train_timesteps of {unet['num_train_timesteps']} is not {timesteps}, the scheduler's")
+            raise ValueError(
+                f"num_train_timesteps of {unet['num_train_timesteps']} is not {timesteps}, the scheduler's"
+            )
         if pipeline not in (None, *PIPELINES):
             raise ValueError(f"pipeline {shorten(pipeline)}: known are {', '.join(PIPELINES)}")
         kept = {key: value for key, value in scheduler.items() if not key.startswith("_") or key == "_class_name"}

@@ -4,16 +4,18 @@ python -m common report --preset quick                # prints every row, draws 
 python -m common report --preset quick --markdown     # prints the tables as Markdown
 python -m common report --preset quick --frontier     # draws FID and PSNR against the size of the file, nothing else
 python -m common report --preset quick --sensitivity  # the tables and the figure of python -m common sensitivity
+python -m common report --model DIR                   # the rows of a model of diffusers
 """
 
 from dataclasses import asdict
 from pathlib import Path
 
+from common.choose.layers import layer_weights
 from common.errors import UserError
-from common.options import Parser, file_name
+from common.options import DIGITS, Parser, file_name
 from common.presets import PRESETS
 from common.study.memorised import format_nearest
-from common.study.rows import BASELINE, Figure, ResultStore, Row, group_rows
+from common.study.rows import BASELINE, Figure, ResultStore, Row, group_rows, kind_of
 
 COLUMNS = [
     "Model", "unbiased FID", "- FP32", "KID - FP32", "KID x1000", "FID at N", "- FP32", "Score", "PSNR dB", "MiB",
@@ -22,6 +24,11 @@ COLUMNS = [
 FOOT = (
     "unbiased FID: as of infinitely many images, below 0 by chance alone; FID at N: of these images, mostly bias, "
     "compares only with as many; - FP32: paired, on the same noise (of KID x1000)"
+)
+
+FOOT_OF_RANDOM = (
+    "random features: of a fixed convolutional network that was never trained, so no Score; they order models "
+    "of digits nearly as trained features do (docs/your-own-model.md)"
 )
 
 
@@ -39,6 +46,7 @@ def format_table(rows: list[Row]) -> str:
             "\npublished: at the paper size, Inception features; its FIDs are of the unquantized weights "
             "(README, what differs) and compare with no column here"
         )
+    foot += _said_of_features(rows[0])
     return f"\n{describe(rows[0])}\n" + "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]) + foot
 
 
@@ -48,17 +56,27 @@ def format_markdown(rows: list[Row]) -> str:
     if not any(row.published for row in rows):
         table = [line[:-1] for line in table]
     lines = ["| " + " | ".join(line) + " |" for line in table]
-    return "\n".join([f"\n{describe(rows[0])}", "", lines[0], "|" + "---|" * len(table[0]), *lines[1:], "", FOOT])
+    foot = FOOT + _said_of_features(rows[0])
+    return "\n".join([f"\n{describe(rows[0])}", "", lines[0], "|" + "---|" * len(table[0]), *lines[1:], "", foot])
+
+
+def _said_of_features(row: Row) -> str:
+    """What a foot adds where the features are those of random weights."""
+    return f"\n{FOOT_OF_RANDOM}" if row.settings.metric.startswith("random ") else ""
 
 
 def describe(row: Row) -> str:
     """What the rows of a table share: features, data and sampling."""
     seeds = "seed {seed}" if row.settings.seeds == 1 else "each of {seeds} seeds from {seed}"
     return (
-        "Preset {preset}, baseline {baseline:.8}; {metric}; reference: {data} training digits; {images} images, "
+        "{kind} {preset}, baseline {baseline:.8}; {metric}; reference: {data} training {real}; {images} images, "
         "{sampler} {steps} steps, eta {eta:g}, " + seeds + ", sampled in {precision} on {device}, batch {batch_size}; "
         "errors: 1 standard error"
-    ).format(**asdict(row.settings))
+    ).format(
+        **asdict(row.settings),
+        kind=kind_of(row.settings.preset),
+        real="digits" if row.settings.data in DIGITS else "images",
+    )
 
 
 def _cells(row: Row, rows: list[Row]) -> list[str]:
@@ -88,13 +106,15 @@ def _cells(row: Row, rows: list[Row]) -> list[str]:
 
 
 def format_kept(rows: list[Row]) -> str:
-    """Which weights of layers 1 to 6 each quantized row keeps in FP32 (entropy coding: none), by layer."""
+    """Which weights of the layers each quantized row keeps in FP32 (entropy coding: none), by layer."""
     lines = []
     for row in rows:
         if row.kept is None or row.strategy == BASELINE or row.format == "entropy":
             continue
         total = sum(map(len, row.kept.values()))
-        lines.append(f"\n{row.label} keeps {total} of 58 weights of layers 1 to 6 in FP32" + (":" if total else ""))
+        layers = "layers 1 to 6" if row.settings.preset in PRESETS else "the layers"
+        there = len(layer_weights(row.formats or {})) or 58  # as rows have it that do not say their formats
+        lines.append(f"\n{row.label} keeps {total} of {there} weights of {layers} in FP32" + (":" if total else ""))
         lines += [f"  {layer}: {', '.join(names)}" for layer, names in row.kept.items() if names]
     return "\n".join(lines)
 
@@ -123,6 +143,9 @@ def main():
         choices=PRESETS,
         help="which of results/<preset> to read; default: paper where CUDA is available, else quick",
     )
+    parser.add_argument(
+        "--model", type=file_name, metavar="DIR", help="reads results/ and the name of the scripts' --model"
+    )
     parser.add_argument("--out", type=file_name, metavar="DIR", help="the scripts' --out; default: results/<preset>")
     parts = parser.add_mutually_exclusive_group()
     parts.add_argument("--markdown", action="store_true", help="tables alone, as Markdown")
@@ -131,9 +154,12 @@ def main():
     options = parser.parse_args()
 
     from common.study.held_out import format_losses
-    from common.study.run import choose_preset
+    from common.study.run import choose_preset, model_name
 
-    folder = options.out or Path("results") / choose_preset(options.preset, None)[0]
+    if options.model and options.preset:
+        parser.error(f"argument --model: stands in place of --preset {options.preset}; give one of them")
+    name = model_name(options.model) if options.model else choose_preset(options.preset, None)[0]
+    folder = options.out or Path("results") / name
     if options.sensitivity:
         from common.study.increases import FILE, format_sensitivity
 
