@@ -30,6 +30,16 @@ def build(config: Architecture) -> nn.Module:
         raise ValueError(f"diffusers makes no UNet2DModel of its config: {one_line(error)}") from None
 
 
+def build_plain(config: Architecture) -> nn.Module:
+    """The same network; of diffusers a UNet2DModel itself, whose call returns an object with the prediction in it."""
+    network = build(config)
+    if isinstance(config, UNetConfig):
+        return network
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(**config.unet)
+
+
 def schedule_of(config: Architecture, device: torch.device | str = "cpu") -> Schedule:
     """The noise schedule that the network was trained on, and what it predicts."""
     if isinstance(config, UNetConfig):

@@ -1,5 +1,6 @@
 """A model: a network's weights as a file stores them, each in its format, and what sampling needs to know of them."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from common.ddpm.architecture import Architecture, build
+from common.ddpm.architecture import Architecture, build, build_plain
 from common.ddpm.digits import DATA_RANGE
 from common.ddpm.pipelines import DiffusersConfig
 from common.ddpm.unet import load_tensors
@@ -69,8 +70,12 @@ class Model:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the weights as they are sampled from."""
-        return sealed.hash_tensors(self.state)
+        """Hash of the weights as they are sampled from; of a network of diffusers also of all that it computes and of its
+        noise, since the same weights may come with another scheduler."""
+        weights = sealed.hash_tensors(self.state)
+        if isinstance(self.config, UNetConfig):
+            return weights
+        return hashlib.sha256(json.dumps([weights, self.config.unet, self.config.noise]).encode()).hexdigest()
 
     @property
     def is_baseline(self) -> bool:
@@ -180,6 +185,15 @@ def load_model(path: str | Path) -> Model:
     if sha256 != metadata["weights_sha256"]:
         raise CheckpointError(f"{path}: the unpacked weights do not fit their hash; make it anew")
     return model
+
+
+def load_plain(path: str | Path) -> nn.Module:
+    """The network of a file as its own library has it: a UNet, or a UNet2DModel of diffusers. Raises as `load_model`
+    does."""
+    model = load_model(path)
+    network = build_plain(model.config)
+    load_tensors(network, model.state)
+    return network.eval()
 
 
 def _model_of(stored: dict[str, torch.Tensor], metadata: dict) -> Model:
