@@ -6,12 +6,13 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 
+from common.choose.layers import layer_of
 from common.presets import FORMATS
 from common.runtime.files import write_atomically
 from common.study.columns import MAIN, MORE, NOTHING, cells, filled
 from common.study.memorised import format_nearest
-from common.study.report import FOOT, MORE_FOOT, describe
-from common.study.rows import BASELINE, Row
+from common.study.report import FOOT, MORE_FOOT, describe, feet_of_features
+from common.study.rows import BASELINE, Row, kind_of
 
 NAME = "report.html"
 CAPTIONS = {  # of the figures, by how their names begin: what to see
@@ -62,14 +63,14 @@ def write_page(folder: Path, groups: list[list[Row]], pictures: list[Path]) -> P
         )
     baseline = groups[0][0].settings
     page = environment.get_template("page.html.j2").render(
-        title=f"simplediffusion: preset {baseline.preset}",
+        title=f"simplediffusion: {kind_of(baseline.preset).lower()} {baseline.preset}",
         about="What making a diffusion model smaller costs. Unbiased FID is the distance between the features of "
         "generated and of real digits; - FP32 is what quantization adds to it, on the same noise. A difference within "
         "two of its errors is no evidence of a difference.",
         groups=shown,
         pictures=[_picture(path) for path in pictures if _group_of(path, several) is None],
         formats=[*FORMATS, "entropy"],
-        foot=f"{FOOT}. {MORE_FOOT}",
+        foot=". ".join([FOOT, MORE_FOOT, *feet_of_features(groups[0][0])]),
     )
     path = folder / NAME
     write_atomically(path, page.encode())
@@ -94,7 +95,7 @@ def _kept(rows: list[Row]) -> dict | None:
         return None
     layers: dict[str, int] = {}
     for name in names:
-        layers[name.partition(".")[0]] = layers.get(name.partition(".")[0], 0) + 1
+        layers[layer_of(name)] = layers.get(layer_of(name), 0) + 1
     used = {row.formats[name] for row in said for name in names}
     return {
         "formats": [name for name in FORMATS if name in used],

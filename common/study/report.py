@@ -4,17 +4,19 @@ python -m common report --preset quick                # prints every row, draws 
 python -m common report --preset quick --markdown     # prints the tables as Markdown
 python -m common report --preset quick --frontier     # draws FID and PSNR against the size of the file, nothing else
 python -m common report --preset quick --sensitivity  # the tables and the figure of python -m common sensitivity
+python -m common report --model DIR                   # the rows of a model of diffusers
 """
 
 from dataclasses import asdict
 from pathlib import Path
 
+from common.choose.layers import layer_weights
 from common.errors import UserError
-from common.options import Parser, file_name
+from common.options import DIGITS, Parser, file_name
 from common.presets import PRESETS
 from common.study.columns import MAIN, MORE, cells, filled
 from common.study.memorised import format_nearest
-from common.study.rows import BASELINE, ResultStore, Row, group_rows
+from common.study.rows import BASELINE, ResultStore, Row, group_rows, kind_of
 
 FOOT = (
     "unbiased FID: as of infinitely many images, below 0 by chance alone; - FP32: what quantization adds, on the same "
@@ -22,10 +24,15 @@ FOOT = (
 )
 MORE_FOOT = "FID at N: of these images, mostly bias, compares only with as many"
 
+FOOT_OF_RANDOM = (
+    "random features: of a fixed convolutional network that was never trained, so no Score; they order models "
+    "of digits nearly as trained features do (docs/your-own-model.md)"
+)
+
 
 def format_table(rows: list[Row]) -> str:
     """Rows of the same settings as text, under a header that names the features, the data and the sampling."""
-    return "\n".join([f"\n{describe(rows[0])}", *_lines(rows, MAIN), FOOT])
+    return "\n".join([f"\n{describe(rows[0])}", *_lines(rows, MAIN), FOOT, *feet_of_features(rows[0])])
 
 
 def format_more(rows: list[Row]) -> str:
@@ -55,28 +62,39 @@ def format_markdown(rows: list[Row]) -> str:
     columns = filled((*MAIN, *MORE), rows)
     table = [["Model", *columns]] + [[row.label, *cells(row, columns, rows)] for row in rows]
     lines = ["| " + " | ".join(line) + " |" for line in table]
-    feet = [FOOT, MORE_FOOT]
+    feet = [FOOT, MORE_FOOT, *feet_of_features(rows[0])]
     return "\n".join([f"\n{describe(rows[0])}", "", lines[0], "|" + "---|" * len(table[0]), *lines[1:], "", *feet])
+
+
+def feet_of_features(row: Row) -> list[str]:
+    """What a foot adds where the features are those of random weights."""
+    return [FOOT_OF_RANDOM] if row.settings.metric.startswith("random ") else []
 
 
 def describe(row: Row) -> str:
     """What the rows of a table share: features, data and sampling."""
     seeds = "seed {seed}" if row.settings.seeds == 1 else "each of {seeds} seeds from {seed}"
     return (
-        "Preset {preset}, baseline {baseline:.8}; {metric}; reference: {data} training digits; {images} images, "
+        "{kind} {preset}, baseline {baseline:.8}; {metric}; reference: {data} training {real}; {images} images, "
         "{sampler} {steps} steps, eta {eta:g}, " + seeds + ", sampled in {precision} on {device}, batch {batch_size}; "
         "errors: 1 standard error"
-    ).format(**asdict(row.settings))
+    ).format(
+        **asdict(row.settings),
+        kind=kind_of(row.settings.preset),
+        real="digits" if row.settings.data in DIGITS else "images",
+    )
 
 
 def format_kept(rows: list[Row]) -> str:
-    """Which weights of layers 1 to 6 each quantized row keeps in FP32 (entropy coding: none), by layer."""
+    """Which weights of the layers each quantized row keeps in FP32 (entropy coding: none), by layer."""
     lines = []
     for row in rows:
         if row.kept is None or row.strategy == BASELINE or row.format == "entropy":
             continue
         total = sum(map(len, row.kept.values()))
-        lines.append(f"\n{row.label} keeps {total} of 58 weights of layers 1 to 6 in FP32" + (":" if total else ""))
+        layers = "layers 1 to 6" if row.settings.preset in PRESETS else "the layers"
+        there = len(layer_weights(row.formats or {})) or 58  # as rows have it that do not say their formats
+        lines.append(f"\n{row.label} keeps {total} of {there} weights of {layers} in FP32" + (":" if total else ""))
         lines += [f"  {layer}: {', '.join(names)}" for layer, names in row.kept.items() if names]
     return "\n".join(lines)
 
@@ -105,6 +123,9 @@ def main():
         choices=PRESETS,
         help="which of results/<preset> to read; default: paper where CUDA is available, else quick",
     )
+    parser.add_argument(
+        "--model", type=file_name, metavar="DIR", help="reads results/ and the name of the scripts' --model"
+    )
     parser.add_argument("--out", type=file_name, metavar="DIR", help="the scripts' --out; default: results/<preset>")
     parts = parser.add_mutually_exclusive_group()
     parts.add_argument("--markdown", action="store_true", help="tables alone, as Markdown")
@@ -113,9 +134,12 @@ def main():
     options = parser.parse_args()
 
     from common.study.held_out import format_losses
-    from common.study.run import choose_preset
+    from common.study.run import choose_preset, model_name
 
-    folder = options.out or Path("results") / choose_preset(options.preset, None)[0]
+    if options.model and options.preset:
+        parser.error(f"argument --model: stands in place of --preset {options.preset}; give one of them")
+    name = model_name(options.model) if options.model else choose_preset(options.preset, None)[0]
+    folder = options.out or Path("results") / name
     if options.sensitivity:
         from common.study.increases import FILE, format_sensitivity
 
