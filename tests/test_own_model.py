@@ -130,6 +130,16 @@ def test_an_unpacked_folder_makes_the_images_of_the_packed_model(folders, tmp_pa
         write_folder(packed, tmp_path / "half")
 
 
+def test_without_diffusers_one_line_says_so(folders, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.delitem(sys.modules, "common.ddpm.diffusers_unet")
+    tensor_shapes.cache_clear()
+    with pytest.raises(UserError, match="needs diffusers .* pip install -r requirements-diffusers.txt"):
+        read_folder(folders / "bare", "a")
+
+
 def test_our_own_network_unpacks_too(tiny_network, tmp_path):
     from common.formats.packed import full_precision
 
