@@ -110,7 +110,6 @@ def write_model(path, network):
         ("--preset", "huge"),
         ("--sampler", "euler"),
         ("--metric", "clip"),
-        ("--data", "cifar"),
         ("--precision", "fp8"),
         ("--timestep-weighting", "2"),
         ("--fisher-timestep", "2"),
@@ -174,6 +173,11 @@ def test_math_takes_either_alpha_or_k(refused):
 def test_groups(refused, groups, said):
     message = refused("layer_group", "--groups", "12/3456", groups)
     assert "argument --groups" in message and repr(groups) in message and said in message
+
+
+def test_a_folder_of_images_goes_with_a_model(refused):
+    message = refused("layer_ratio", "--preset", "quick", "--data", "cifar")
+    assert "--data cifar" in message and "--model" in message and "mnist5k" in message
 
 
 def test_more_steps_than_timesteps(refused):

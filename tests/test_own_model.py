@@ -136,7 +136,7 @@ def test_without_diffusers_one_line_says_so(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     monkeypatch.delitem(sys.modules, "common.ddpm.diffusers_unet")
     tensor_shapes.cache_clear()
-    with pytest.raises(UserError, match="needs diffusers .* pip install -r requirements-diffusers.txt"):
+    with pytest.raises(UserError, match=r"needs diffusers .*: pip install -r requirements-diffusers"):
         read_folder(folders / "bare", "a")
 
 
