@@ -180,7 +180,7 @@ def differences(measured: Measured, baseline: Measured) -> dict[str, Figure]:
 
 def kept_by_layer(model: Model) -> dict[str, list[str]]:
     """The weights of the layers that stay FP32, by layer, in the order of the forward pass."""
-    names = layer_weights(model.formats)
+    names = layer_weights(model.state)
     kept: dict[str, list[str]] = {layer: [] for layer in layers_in_order(names)}
     for name in names:
         if model.formats[name] == "fp32":
