@@ -54,9 +54,14 @@ def format_markdown(rows: list[Row]) -> str:
 def describe(row: Row) -> str:
     """What the rows of a table share: features, data and sampling."""
     seeds = "seed {seed}" if row.settings.seeds == 1 else "each of {seeds} seeds from {seed}"
+    engine = "" if row.settings.engine == "torch" else " by {engine}"
     return (
         "Preset {preset}, baseline {baseline:.8}; {metric}; reference: {data} training digits; {images} images, "
-        "{sampler} {steps} steps, eta {eta:g}, " + seeds + ", sampled in {precision} on {device}, batch {batch_size}; "
+        "{sampler} {steps} steps, eta {eta:g}, "
+        + seeds
+        + ", sampled in {precision}"
+        + engine
+        + " on {device}, batch {batch_size}; "
         "errors: 1 standard error"
     ).format(**asdict(row.settings))
 
@@ -97,6 +102,12 @@ def format_kept(rows: list[Row]) -> str:
         lines.append(f"\n{row.label} keeps {total} of 58 weights of layers 1 to 6 in FP32" + (":" if total else ""))
         lines += [f"  {layer}: {', '.join(names)}" for layer, names in row.kept.items() if names]
     return "\n".join(lines)
+
+
+def format_times(rows: list[Row]) -> str:
+    """A line with the milliseconds of an image and step of each of the rows whose sampling was timed."""
+    timed = [f"{row.label} {row.ms_per_step:.3g}" for row in rows if row.ms_per_step is not None]
+    return f"ms an image and step, whatever else the machine did: {'; '.join(timed)}" if timed else ""
 
 
 def format_tensors(model, table) -> str:
@@ -147,7 +158,7 @@ def main():
     groups = group_rows(rows)
     for group in [] if options.frontier else groups:
         print(format_markdown(group) if options.markdown else format_table(group))
-        for said in filter(None, (format_nearest(group), format_losses(group))):
+        for said in filter(None, (format_nearest(group), format_losses(group), format_times(group))):
             print(f"\n{said.strip()}")
     if options.markdown:
         return

@@ -14,6 +14,7 @@ import torch
 from common.choose.layers import layer_weights
 from common.ddpm.sampling import Sampling
 from common.ddpm.unet import UNet
+from common.engines.engine import INTEGER_PRECISIONS, engine_name
 from common.errors import UserError
 from common.formats.packed import MIB, Model, load_model, size_mib, tensor_shapes
 from common.options import LARGEST_SEED
@@ -80,6 +81,13 @@ def resolve(options: argparse.Namespace) -> Run:
         raise UserError(f"--eta {options.eta:g}: goes with --sampler ddim only")
     if options.inception_weights is not None and options.metric != "inception":
         raise UserError(f"--inception-weights {options.inception_weights}: goes with --metric inception only")
+    if options.engine == "openvino" and device.type != "cpu":
+        raise UserError(f"--engine openvino: runs on the CPU, not on {device}; give --device cpu")
+    if options.engine == "torch" and options.precision in INTEGER_PRECISIONS:
+        raise UserError(
+            f"--precision {options.precision}: torch has no 8-bit convolutions; give --engine openvino as well"
+        )
+    data = options.data or preset.training.data
     sampling = Sampling(
         images=options.images or preset.images,
         sampler=sampler,
@@ -89,6 +97,7 @@ def resolve(options: argparse.Namespace) -> Run:
         seed=options.seed,
         device=device_name(device),
         precision=options.precision,
+        engine=engine_name(options.engine, options.precision, data),
     )
     if options.seed + options.seeds - 1 > LARGEST_SEED:
         raise UserError(f"--seeds {options.seeds}: the last seed would be above {LARGEST_SEED}; give a smaller --seed")
@@ -96,9 +105,9 @@ def resolve(options: argparse.Namespace) -> Run:
         preset_name=name,
         why=why,
         preset=preset,
-        training=replace(preset.training, data=options.data or preset.training.data),
+        training=replace(preset.training, data=data),
         checkpoint=options.checkpoint or preset_checkpoint(name),
-        data=options.data or preset.training.data,
+        data=data,
         data_dir=options.data_dir,
         fmt=options.format,
         timestep_weighting=options.timestep_weighting,
@@ -142,7 +151,7 @@ def start(options: argparse.Namespace) -> Run:
         seeds = f"seed {first}" if first == last else f"each of seeds {first} to {last}"
         print(
             f"{run.sampling.images} images, {run.sampling.method}, batch {run.sampling.batch_size}, "
-            f"{run.sampling.precision}, {seeds}; data {run.data}; {run.out}/"
+            f"{run.sampling.precision} by {run.sampling.engine}, {seeds}; data {run.data}; {run.out}/"
         )
     if run.dry_run:
         print_sizes(run)
