@@ -11,11 +11,17 @@ from common.ddpm.sampling import Prepare, Sampling
 from common.ddpm.schedule import Schedule
 from common.engines.calibration import kept_graph, noised_images
 from common.engines.costs import most_costly
-from common.engines.integers import restore_layers
+from common.engines.integers import restore_layers, stored_integers
 from common.engines.openvino import convert, denoiser, installed_version, require_installed
 from common.formats.numbers import IntegerTensor
+from common.formats.packed import Model
 
 INTEGER_PRECISIONS = ("int8", "mixed")
+
+
+def is_integer(precision: str) -> bool:
+    """Whether products are taken in 8 bits: "int8", "mixed" or "mixed N"."""
+    return precision.split()[0] in INTEGER_PRECISIONS
 
 
 def engine_name(engine: str, precision: str, images: str) -> str:
@@ -23,7 +29,7 @@ def engine_name(engine: str, precision: str, images: str) -> str:
     are calibrated on. Raises UserError where a package is missing."""
     if engine == "torch":
         return engine
-    packages = ["openvino", "nncf"] if precision in INTEGER_PRECISIONS else ["openvino"]
+    packages = ["openvino", "nncf"] if is_integer(precision) else ["openvino"]
     require_installed(*packages)
     versions = ", ".join(f"{package} {installed_version(package)}" for package in packages)
     return versions + (f" on {images}" if len(packages) > 1 else "")
@@ -38,6 +44,10 @@ class OpenVINO:
     name: str
     folder: Path
 
+    def costs(self, model: Model, sampling: Sampling) -> dict[str, float]:
+        """{layer: what 8 bits cost there}, the largest first; see `layer_costs`."""
+        return self._kept(model.network(), model.sha256, stored_integers(model), sampling)[1]
+
     def prepare(self, weights: str, integers: dict[str, IntegerTensor]) -> Prepare:
         """For a network of the hash `weights`, of which 8 bits hold `integers` {weight: ...} as they are."""
 
@@ -51,13 +61,16 @@ class OpenVINO:
 
         "mixed" leaves the layers in bfloat16 that `most_costly` names, "mixed N" the N most costly ones.
         """
-        if sampling.precision.split()[0] not in INTEGER_PRECISIONS:
+        if not is_integer(sampling.precision):
             return convert(network, self.images[:2], torch.zeros(2, dtype=torch.long))
-        schedule = Schedule(network.config.timesteps)
-        calibration = noised_images(self.images, schedule, sampling.steps, self.name)
-        graph, costs = kept_graph(self.folder, network, weights, integers, calibration)
+        graph, costs = self._kept(network, weights, integers, sampling)
         restore_layers(graph, network, left_layers(costs, sampling.precision))
         return graph
+
+    def _kept(self, network: nn.Module, weights: str, integers: dict[str, IntegerTensor], sampling: Sampling):
+        schedule = Schedule(network.config.timesteps)
+        calibration = noised_images(self.images, schedule, sampling.steps, self.name)
+        return kept_graph(self.folder, network, weights, integers, calibration)
 
 
 def left_layers(costs: dict[str, float], precision: str) -> list[str]:

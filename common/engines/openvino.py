@@ -23,13 +23,10 @@ REQUIREMENTS = "requirements-openvino.txt"
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16", "mixed": "bf16"}  # of what is not in integers
 
 
-def require_installed(*packages: str) -> None:
+def require_installed(*packages: str, option: str = "--engine openvino") -> None:
     """Raises UserError naming the packages that are not installed."""
     if missing := [package for package in packages if not installed_version(package)]:
-        raise UserError(
-            f"--engine openvino: {' and '.join(missing)} cannot be found; pip install -r {REQUIREMENTS}, "
-            "or leave --engine out"
-        )
+        raise UserError(f"{option}: {' and '.join(missing)} cannot be found; pip install -r {REQUIREMENTS}")
 
 
 def installed_version(package: str) -> str | None:

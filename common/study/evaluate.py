@@ -11,7 +11,7 @@ from torch import nn
 from common.choose.layers import layer_of, layer_weights
 from common.ddpm.digits import load_digits, to_model_range
 from common.ddpm.sampling import Sampling, generate, image_file, load_images, prepare_torch
-from common.engines.engine import OpenVINO
+from common.engines.engine import OpenVINO, engine_name
 from common.engines.integers import decoding_note, stored_integers
 from common.errors import UserError
 from common.formats.numbers import IntegerTensor
@@ -98,9 +98,15 @@ def make_evaluator(run: Run) -> Evaluator:
     require_enough(run.sampling.images, features)
     digits = load_digits(run.data, "train", run.data_dir)
     reference = load_reference(digits, features, run.out / "reference")
-    torch_samples = run.sampling.engine == "torch"
-    engine = None if torch_samples else OpenVINO(to_model_range(digits), run.data, run.out / "models")
-    return Evaluator(run.sampling, run.seeds, run.device, run.out / "images", features, reference, engine)
+    evaluator = Evaluator(run.sampling, run.seeds, run.device, run.out / "images", features, reference)
+    return evaluator if run.sampling.engine == "torch" else with_engine(run, evaluator, run.sampling.precision)
+
+
+def with_engine(run: Run, evaluator: Evaluator, precision: str) -> Evaluator:
+    """The same evaluator, which samples by OpenVINO. Raises UserError where a package is missing."""
+    sampling = replace(evaluator.sampling, precision=precision, engine=engine_name("openvino", precision, run.data))
+    images = to_model_range(load_digits(run.data, "train", run.data_dir))
+    return replace(evaluator, sampling=sampling, engine=OpenVINO(images, run.data, run.out / "models"))
 
 
 def settings_of(run: Run, evaluator: Evaluator, baseline: str | None) -> Settings:

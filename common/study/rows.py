@@ -13,6 +13,7 @@ from common.presets import FORMATS, ROUNDINGS
 from common.runtime.files import locked, write_atomically
 
 REAL, BASELINE = "Real test digits", "Baseline"  # strategies of the rows that others are compared with
+ENGINE = "Engine"  # that of rows whose differences are to the baseline by torch in FP32, whatever sampled them
 
 
 @dataclass(frozen=True)
@@ -264,6 +265,7 @@ def group_rows(rows: list[Row]) -> list[list[Row]]:
     """Rows by their settings, in the order of first appearance; real digits first, then the baseline."""
     groups: dict[Settings, list[Row]] = {}
     for row in rows:
-        groups.setdefault(row.settings, []).append(row)
+        compared = replace(row.settings, engine="torch", precision="fp32") if row.strategy == ENGINE else row.settings
+        groups.setdefault(compared, []).append(row)
     order = {REAL: 0, BASELINE: 1, "Uniform": 2}
     return [sorted(group, key=lambda row: order.get(row.strategy, 3)) for group in groups.values()]
