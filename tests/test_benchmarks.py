@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import memory, peak, peers, profile, published, samplers, speed
+from benchmarks import memory, peak, peers, profile, published, samplers, speed, time_per_image
 from common.ddpm.unet import UNet
 from common.errors import UserError
 from common.presets import PRESETS
@@ -103,3 +103,20 @@ def test_memory_prints_a_line_for_each_work(tiny_preset, monkeypatch, capsys):
         assert line.split()[0] == work and all(float(mib) > 50 for mib in line.split()[1:])
     assert [line.rsplit(maxsplit=1)[0] for line in printed[8:]] == ["torch fp32", "torch bf16", "openvino int8"]
     assert all(float(line.split()[-1]) > 1 for line in printed[8:])
+
+
+def test_time_per_image_names_the_cheapest_way_that_is_as_good():
+    ways = [
+        time_per_image.Way("published", 40_000.0, (0.0, 0.0)),
+        time_per_image.Way("DDPM 1000, torch fp32", 10_000.0, (0.0, 0.0)),
+        time_per_image.Way("DPM-Solver++ 20, torch fp32", 200.0, (0.001, 0.002)),
+        time_per_image.Way("DPM-Solver++ 10, openvino int8", 40.0, (0.02, 0.002)),
+        time_per_image.Way("DPM-Solver++ 20, openvino int8", 80.0, (0.002, 0.002)),
+    ]
+    printed = time_per_image.format_ways(ways).splitlines()
+    waterfall = [line.rsplit(maxsplit=3) for line in printed[printed.index("", 1) + 2 :]]
+    assert [line[0].strip() for line in waterfall] == [ways[i].name for i in (0, 1, 2, 4)]
+    assert [line[1:] for line in waterfall] == [
+        ["40000.00", "1x", "1.0x"], ["10000.00", "4x", "4.0x"], ["200.00", "200x", "50.0x"], ["80.00", "500x", "2.5x"]
+    ]  # fmt: skip
+    assert "none of" in time_per_image.format_ways([*ways[:2], ways[3]])
