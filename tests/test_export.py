@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from common.ddpm.sampling import Sampling, generate
+from common.engines.export import sampling_script
 from common.errors import UserError
 from common.formats.packed import full_precision, save_model
 from common.study.export import export
@@ -91,3 +93,8 @@ def test_a_package_that_is_missing_and_a_file_that_is_none_are_said_before_any_w
     with pytest.raises(UserError, match=r"^--to onnx: onnxruntime cannot be found; pip install -r requirements-"):
         export(file, "onnx", tmp_path / "out", "fp32", None, None, tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_script_in_the_docs_is_the_one_that_is_written():
+    page = (Path(__file__).parent.parent / "docs/export.md").read_text()
+    assert f"```python\n{sampling_script('openvino', 1000, (1, 32, 32), 20, 'fp32')}```" in page
