@@ -96,6 +96,7 @@ model = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvi
 predict = lambda x, t: model.run(None, {{"x": x, "t": np.full(len(x), t)}})[0]""",
 }
 _SCRIPT = '''"""Makes images.png: {images} images by DDIM in {steps} steps. Needs numpy, pillow and {package}."""
+
 import numpy as np
 from PIL import Image
 {load}
