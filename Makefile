@@ -1,5 +1,6 @@
 # make demo       installs into .venv, runs every script on the quick preset, prints all rows at the end
 # make test       installs into .venv, checks style and imports, runs the tests (offline once installed)
+# make docs       writes the tables of README and docs/ anew, from the rows in reference/
 # make clean      removes what minutes bring back: .venv, and the caches of Python, pytest, ruff and import-linter
 # make distclean  removes results/ as well: rows, images and packed models, hours of work
 
@@ -9,7 +10,7 @@ IMAGES ?= 500
 DEMO = --preset quick --images $(IMAGES) $(OPTIONS)
 RUN = .venv/bin/python
 
-.PHONY: demo test lint format clean distclean
+.PHONY: demo test lint format docs clean distclean
 
 demo: .venv/installed
 	$(RUN) simplediffusion.py $(DEMO)
@@ -31,6 +32,9 @@ lint: .venv/installed-test
 format: .venv/installed-test
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+docs: .venv/installed-test
+	PYTHONPATH=. .venv/bin/cog -r -P -I docs -p "from tables import *" README.md docs/*.md
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -1,16 +1,18 @@
 """What the figures show, against the numbers of the rows: points, error bars, bands, labels, scales, pixels."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 from common.choose.layers import layer_weights
 from common.fisher.information import FisherTable
 from common.formats.packed import tensor_shapes
-from common.study import figures
+from common.study import figures, frontier
 from common.study.rows import Figure, Row, Settings
 
 SETTINGS = Settings(
@@ -71,19 +73,19 @@ def test_fid_and_psnr_against_size():
         row("Budget", 0.4, 0.04, psnr=20, size_mib=0.6, format="entropy", variant="finetuned",
             timestep_weighting="first"),
     ]  # fmt: skip
-    fid, psnr = figures.draw_fid_against_size(rows).axes
+    fid, psnr = frontier.draw_fid_against_size(rows).axes
     assert bars(fid) == close_to(
         {
             "Baseline": [(8.1, 0.08, 0.008)],
             "Uniform": [(4.0, 0.09, 0.009)],
-            "Budget, int4": [(0.8, 0.2, 0.02), (0.5, 0.3, 0.03)],
+            "Budget, int4": [(0.5, 0.3, 0.03), (0.8, 0.2, 0.02)],
             "Budget, entropy, finetuned, Fisher values: first": [(0.6, 0.4, 0.04)],
         }
     )
     assert {label: points for label, points in bars(psnr).items() if points} == close_to(
         {
             "Uniform": [(4.0, 40, 0.5)],
-            "Budget, int4": [(0.8, 30, 0.5), (0.5, 25, 0.5)],
+            "Budget, int4": [(0.5, 25, 0.5), (0.8, 30, 0.5)],
             "Budget, entropy, finetuned, Fisher values: first": [(0.6, 20, 0.5)],
         }
     )
@@ -91,11 +93,56 @@ def test_fid_and_psnr_against_size():
     assert (fid.get_xscale(), fid.get_yscale(), psnr.get_xscale(), psnr.get_yscale()) == ("log", "log", "log", "linear")
     assert fid.get_ylabel() == "FID (mnist features abcc2d22)" and "dB" in psnr.get_ylabel()
     assert fid.get_xlabel() == psnr.get_xlabel() == "MiB of the file"
-    # One colour and marker for a strategy, the same in both.
-    colours = [[container.lines[0].get_color() for container in axis.containers] for axis in (fid, psnr)]
-    assert colours[0] == colours[1] and len(set(colours[0])) == 4
-    (legend,) = (axis.get_legend() for axis in (fid, psnr) if axis.get_legend())
-    assert {text.get_text() for text in legend.get_texts()} == {*bars(fid), REAL.label}
+    # One colour for a way, the same in both; its name in that colour, beside its smallest file.
+    colours = [{c.get_label(): c.lines[0].get_color() for c in axis.containers} for axis in (fid, psnr)]
+    assert colours[0] == colours[0] | colours[1] and len(set(colours[0].values())) == 4
+    names = {text.get_text(): text for text in fid.texts}
+    assert {name: text.get_color() for name, text in names.items()} == colours[0]
+    assert names["Budget, int4"].xy == (0.5, 0.3) and names["Uniform"].xy == (4.0, 0.09)
+    assert [text.get_text() for text in fid.get_legend().get_texts()] == [REAL.label] and not psnr.get_legend()
+    assert linked(fid) == {"Uniform", "Budget, int4", "Budget, entropy, finetuned, Fisher values: first"}
+
+
+def linked(axis):
+    """Names of the ways whose points are joined."""
+    return {c.get_label() for c in axis.containers if c.lines[0].get_linestyle() == "-"}
+
+
+def test_names_do_not_overlap():
+    alike = [row(f"Rule {i}", 0.1 + i / 1000, 0.01, size_mib=1.0) for i in range(9)]
+    figure = frontier.draw_fid_against_size([REAL, *alike])
+    axis = figure.axes[0]
+    figure.canvas.draw()
+    boxes = [Text.get_window_extent(text) for text in axis.texts]  # without the line to its point
+    assert len(boxes) == 9 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_the_published_sizes_are_marked_at_the_paper_preset_alone():
+    rows = [row("Baseline", 0.1, 0.01, size_mib=8.0, published=(22.8, 134.2)), row("Uniform", 0.1, 0.01, size_mib=4.0)]
+    paper = [replace(r, settings=replace(r.settings, preset="paper")) for r in rows]
+    marked = [
+        [line.get_xdata()[0] for line in frontier.draw_fid_against_size(of).axes[0].lines if len(line.get_xdata()) == 2]
+        for of in (rows, paper)
+    ]
+    assert marked == [[], [134.2]]
+
+
+def test_waterfall():
+    def part(variant, value, setting="10x"):
+        name = ", ".join(filter(None, [setting, variant]))
+        difference = Figure(value, 0.01)
+        return row(
+            "Budget", 1, 0.1, setting=name, variant=variant, format="entropy", timestep_weighting="image",
+            fid_unbiased_difference=difference,
+        )  # fmt: skip
+
+    rows = [part("nearest", 0.3), part("no feedback", 0.2), part(None, 0.1), part(None, 0.5, "13x"), REAL]
+    (axis,) = frontier.draw_waterfall(rows).axes  # 13x has one part
+    assert axis.get_title() == "10x smaller"
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    found = {names[round(bar.get_y() + bar.get_height() / 2)]: bar.get_width() for bar in axis.patches}
+    assert found == {"nearest": 0.3, "no feedback": 0.2, "all parts": 0.1}
+    assert frontier.draw_waterfall(rows[1:]) is None
 
 
 def test_the_unbiased_difference_is_drawn_where_rows_have_it():
@@ -110,24 +157,25 @@ def test_the_unbiased_difference_is_drawn_where_rows_have_it():
         row("Ratio", 0.2, 0.02, psnr=30, size_mib=0.9, setting="0.5", format="int4", **unbiased(0.1, 0.02)),
         row("Ratio", 0.3, 0.02, psnr=30, size_mib=0.8, setting="0.25", format="int4", **unbiased(0.2, 0.03)),
     ]  # fmt: skip
-    fid, _ = figures.draw_fid_against_size(rows).axes
+    fid, _ = frontier.draw_fid_against_size(rows).axes
     found = {label: points for label, points in bars(fid).items() if points}
-    ratio = [(0.9, 0.1, 0.02), (0.8, 0.2, 0.03)]
+    ratio = [(0.8, 0.2, 0.03), (0.9, 0.1, 0.02)]
     assert found == close_to({"Uniform": [(4.0, -0.001, 0.002)], "Ratio": ratio})
     assert fid.get_yscale() == "symlog" and fid.get_ylabel() == "unbiased FID less FP32's (mnist features abcc2d22)"
-    assert not fid.patches and any(line.get_label() == "FP32" for line in fid.get_lines())
-    (axis,) = figures.draw_fid_against_ratio(rows).axes
+    assert band(fid) == pytest.approx((-0.005, 0.005))  # one error of FP32's own FID
+    assert linked(fid) == {"Uniform"}
+    (axis,) = frontier.draw_fid_against_ratio(rows).axes
     (points,) = bars(axis).values()
     assert points == [pytest.approx((0.25, 0.2, 0.03)), pytest.approx((0.5, 0.1, 0.02))]
     early = row("Training", 0.5, 0.05, digits_seen=100, fid_unbiased=Figure(0.4, 0.04))
-    (axis,) = figures.draw_learning_curve([real, baseline, early]).axes
+    (axis,) = frontier.draw_learning_curve([real, baseline, early]).axes
     (points,) = bars(axis).values()
     assert points == [pytest.approx((100, 0.4, 0.04)), pytest.approx((300, 0.02, 0.005))]
     assert band(axis) == pytest.approx((0.008, 0.012)) and axis.get_ylabel().startswith("unbiased FID (")
 
 
 def test_one_size_is_no_figure():
-    assert figures.draw_fid_against_size([REAL, row("Baseline", 0.08, 0.008, size_mib=8.0)]) is None
+    assert frontier.draw_fid_against_size([REAL, row("Baseline", 0.08, 0.008, size_mib=8.0)]) is None
 
 
 def test_fid_against_ratio():
@@ -139,25 +187,25 @@ def test_fid_against_ratio():
         row(setting="0.25", fid=0.3, fid_error=0.03, format="fp16", **facts),
         row(setting="0.25", fid=0.7, fid_error=0.07, format="int4", **facts),
     ]
-    (axis,) = figures.draw_fid_against_ratio(rows).axes
+    (axis,) = frontier.draw_fid_against_ratio(rows).axes
     fp16, int4 = bars(axis).values()  # a line each, from left to right
     assert fp16 == [pytest.approx((0.25, 0.3, 0.03)), pytest.approx((0.5, 0.2, 0.02))]
     assert int4 == [pytest.approx((0.25, 0.7, 0.07))]
     assert "FP16" in axis.containers[0].get_label() and "INT4" in axis.containers[1].get_label()
     assert band(axis) == pytest.approx((0.046, 0.054))
     assert (axis.get_xscale(), axis.get_yscale()) == ("linear", "linear")
-    assert figures.draw_fid_against_ratio(rows[:3]) is None
+    assert frontier.draw_fid_against_ratio(rows[:3]) is None
 
 
 def test_learning_curve():
     rows = [row("Baseline", fid, error, digits_seen=seen) for seen, fid, error in ((300, 0.1, 0.01), (100, 0.5, 0.05))]
-    (axis,) = figures.draw_learning_curve([REAL, *rows]).axes
+    (axis,) = frontier.draw_learning_curve([REAL, *rows]).axes
     (points,) = bars(axis).values()
     assert points == [pytest.approx((100, 0.5, 0.05)), pytest.approx((300, 0.1, 0.01))]
     assert band(axis) == pytest.approx((0.046, 0.054))
     assert axis.get_yscale() == "log" and axis.get_xlabel() == "digits seen"
     assert axis.get_ylabel() == "FID (mnist features abcc2d22)"
-    assert figures.draw_learning_curve([REAL, rows[0]]) is None
+    assert frontier.draw_learning_curve([REAL, rows[0]]) is None
 
 
 def test_samples_are_the_images(tmp_path, monkeypatch):

@@ -11,7 +11,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from common.choose.layers import by_layer, layer_weights
 from common.ddpm.sampling import load_images
@@ -20,13 +19,12 @@ from common.fisher import information
 from common.formats.packed import Model, load_model
 from common.runtime.files import write_atomically
 from common.runtime.sealed import CheckpointError
+from common.study.frontier import draw_fid_against_ratio, draw_fid_against_size, draw_learning_curve, draw_waterfall
 from common.study.increases import FILE
 from common.study.predictions import draw_sensitivity
-from common.study.rows import BASELINE, REAL, Figure, Row
+from common.study.rows import BASELINE, Row
 
 SHOWN_IMAGES = 12
-MARKERS = ("o", "s", "^")  # of the first ten colours, the next, ...
-FID_NAMES = {"fid": "FID", "fid_unbiased": "unbiased FID", "fid_unbiased_difference": "unbiased FID less FP32's"}
 GROUPS = {"layers 1-2": "12", "layers 3-6": "3456"}
 
 
@@ -47,6 +45,7 @@ def draw_all(folder: Path, groups: list[list[Row]], only: str = "") -> list[Path
         suffix = f"-{number}" if len(groups) > 1 else ""
         keep(f"samples{suffix}", draw_samples, rows)
         keep(f"fid-size{suffix}", draw_fid_against_size, rows)
+        keep(f"waterfall{suffix}", draw_waterfall, rows)
         keep(f"fid-ratio{suffix}", draw_fid_against_ratio, rows)
         keep(f"learning-curve{suffix}", draw_learning_curve, rows)
     for path in sorted(
@@ -90,129 +89,6 @@ def draw_samples(rows: list[Row]):
         axis.set(xticks=[], yticks=[])
     axes[0, 0].set_title("Each column starts from the same noise", fontsize=9)
     return figure
-
-
-def draw_fid_against_size(rows: list[Row]):
-    """FID (`_fid_shown`), and PSNR to the FP32 images, against the size of the file, with one standard error."""
-    measured = [row for row in rows if row.size_mib]
-    if len(measured) < 2:
-        return None
-    shown = _fid_shown(measured)
-    figure, axes = plt.subplots(1, 2, figsize=(13, 4.5))
-    for axis, key in zip(axes, (shown, "psnr"), strict=True):
-        for colour, kind in enumerate(dict.fromkeys(map(_drawn_as, measured))):
-            chosen = [row for row in measured if _drawn_as(row) == kind and getattr(row, key)]
-            _errorbar(
-                axis, [(row.file_mib or row.size_mib, getattr(row, key)) for row in chosen],
-                fmt=MARKERS[colour // 10], color=f"C{colour % 10}", label=kind,
-            )  # fmt: skip
-        axis.set(xlabel="MiB of the file", xscale="log")
-        axis.grid(alpha=0.3, which="both")
-    _level_to_compare(axes[0], rows, shown)
-    _fid_scale(axes[0], [getattr(row, shown) for row in measured if getattr(row, shown)])
-    axes[0].set(ylabel=f"{FID_NAMES[shown]} ({rows[0].settings.metric})")
-    axes[1].set(ylabel="PSNR to the FP32 images, dB")
-    for axis in axes:
-        _plain_ticks(axis)
-    what = axes[0].get_legend_handles_labels()
-    axes[1].legend(*what, loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)  # beside both: it hides no point
-    return figure
-
-
-def draw_fid_against_ratio(rows: list[Row]):
-    """FID against the ratio that stays FP32, one line for each format and Fisher timestep."""
-    ratios = sorted((row for row in rows if row.strategy == "Ratio"), key=lambda row: float(row.setting))
-    if len(ratios) < 2:
-        return None
-    shown = _fid_shown(ratios)
-    figure, axis = plt.subplots(figsize=(7, 4.5))
-    for fmt, weighting, word in dict.fromkeys((row.format, row.timestep_weighting, _values_of(row)) for row in ratios):
-        chosen = [r for r in ratios if (r.format, r.timestep_weighting, _values_of(r)) == (fmt, weighting, word)]
-        _errorbar(
-            axis, [(float(row.setting), getattr(row, shown)) for row in chosen if getattr(row, shown)],
-            fmt="o-", label=f"Ratio ({fmt.upper()}, {word} values: {weighting})",
-        )  # fmt: skip
-    _level_to_compare(axis, rows, shown)
-    axis.set(
-        xlabel="ratio of each layer's weights that stays FP32",
-        ylabel=f"{FID_NAMES[shown]} ({rows[0].settings.metric})",
-    )
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3)
-    return figure
-
-
-def draw_learning_curve(rows: list[Row]):
-    """FID of the baseline as it was trained, against the digits that it had seen."""
-    curve = sorted((row for row in rows if row.digits_seen), key=lambda row: row.digits_seen)
-    if len(curve) < 2:
-        return None
-    shown = "fid_unbiased" if all(row.fid_unbiased for row in curve) else "fid"
-    figure, axis = plt.subplots(figsize=(7, 4.5))
-    points = [(row.digits_seen, getattr(row, shown)) for row in curve]
-    _errorbar(axis, points, fmt="o-", label="averaged weights")
-    _level_to_compare(axis, rows, shown)
-    _fid_scale(axis, [figure for _, figure in points])
-    axis.set(xlabel="digits seen", ylabel=f"{FID_NAMES[shown]} ({rows[0].settings.metric})")
-    _plain_ticks(axis)
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3, which="both")
-    return figure
-
-
-def _drawn_as(row: Row) -> str:
-    """What a row is drawn as: budgets by coding, rounding, variant and the weighting of timesteps, the others by their
-    rule and rounding."""
-    if row.strategy != "Budget":
-        return ", ".join(filter(None, [row.strategy, row.rounding]))
-    weighting = f"{_values_of(row)} values: {row.timestep_weighting}"
-    if weighting == "Fisher values: image":  # the default
-        weighting = None
-    return ", ".join(filter(None, ["Budget", row.format, row.rounding, row.variant, weighting]))
-
-
-def _values_of(row: Row) -> str:
-    return information.WORDS[row.curvature or "fisher"]
-
-
-def _errorbar(axis, points: list[tuple[float, Figure]], **style) -> None:
-    x, y = [x for x, _ in points], [figure.value for _, figure in points]
-    axis.errorbar(x, y, [figure.error for _, figure in points], capsize=3, **style)
-
-
-def _fid_shown(rows: list[Row]) -> str:
-    """The field to draw: the unbiased difference to FP32, of the rows that have it; FID of N images where none has."""
-    return "fid_unbiased_difference" if any(row.fid_unbiased_difference for row in rows) else "fid"
-
-
-def _level_to_compare(axis, rows: list[Row], shown: str) -> None:
-    """A band, the FID of real test digits with one standard error; of differences a line, where FP32 is."""
-    if shown == "fid_unbiased_difference":
-        axis.axhline(0, color="0.6", linewidth=1, label="FP32")
-        return
-    for row in rows:
-        if row.strategy == REAL and (fid := getattr(row, shown)):
-            axis.axhspan(fid.value - fid.error, fid.value + fid.error, color="0.8", label=row.label)
-
-
-def _fid_scale(axis, drawn: list[Figure]) -> None:
-    """A logarithmic axis; where a bar reaches below zero, linear around it as far as that bar and the usual error."""
-    low = min(figure.value - figure.error for figure in drawn)
-    if low > 0:
-        axis.set_yscale("log")
-    else:
-        linear = max(-low, float(np.median([figure.error for figure in drawn])), 1e-6)
-        axis.set_yscale("symlog", linthresh=linear)
-        axis.set_ylim(bottom=1.2 * low - 0.1 * linear)
-
-
-def _plain_ticks(axis) -> None:
-    """Numbers without powers of ten, where a logarithmic axis has room for them."""
-    for side in (axis.xaxis, axis.yaxis):
-        if side.get_scale() == "log":
-            side.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            side.set_minor_formatter(NullFormatter())
-        side.set_major_formatter("{x:g}")
 
 
 def draw_fisher_by_tensor(table: information.FisherTable):

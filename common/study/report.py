@@ -37,7 +37,7 @@ def format_table(rows: list[Row]) -> str:
     if any(row.published for row in rows):
         foot += (
             "\npublished: at the paper size, Inception features; its FIDs are of the unquantized weights "
-            "(README, what differs) and compare with no column here"
+            "(docs/differences.md) and compare with no column here"
         )
     return f"\n{describe(rows[0])}\n" + "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]) + foot
 

@@ -1,0 +1,134 @@
+"""The tables of the pages, made from the rows that are kept in reference/; `make docs` writes them into the pages.
+
+A page holds the call in a comment, and cog (cogapp) puts what it prints below it:
+
+    <!-- [[[cog table("quick", "unbiased FID, file MiB", seeds=3) ]]] -->
+    <!-- [[[end]]] -->
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from common.study.increases import FILE, Increases, rank_correlation, read_increases
+from common.study.rows import Figure, ResultStore, Row
+
+REFERENCE = Path(__file__).parent.parent / "reference"
+NOTHING = "-"
+
+COLUMNS: dict[str, Callable[[Row], str]] = {  # header: cell of a row
+    "unbiased FID": lambda row: _figure(row.fid_unbiased, 4),
+    "unbiased FID - FP32": lambda row: _figure(row.fid_unbiased_difference, 4),
+    "KID x1000 - FP32": lambda row: _figure(row.kid_difference, 2, 1000),
+    "FID at N": lambda row: _figure(row.fid, 3),
+    "FID at N - FP32": lambda row: _figure(row.fid_difference, 4),
+    "Score": lambda row: _figure(row.inception_score, 2),
+    "PSNR dB": lambda row: _figure(row.psnr, 1),
+    "MiB": lambda row: NOTHING if row.size_mib is None else f"{row.size_mib:#.4g}",
+    "file MiB": lambda row: NOTHING if row.file_mib is None else f"{row.file_mib:#.3g}",
+    "loss increase": lambda row: _figure(row.loss_increase, 4),
+    "permutations as good": lambda row: NOTHING if row.place is None else "{} of {}".format(*row.place),
+    "p": lambda row: NOTHING if row.place is None else f"{(row.place[0] + 1) / (row.place[1] + 1):.2f}",
+    "published FID": lambda row: _published(row, 0),
+    "published MiB": lambda row: _published(row, 1),
+}
+
+
+def table(folder: str, columns: str, labels: list[str] | None = None, **settings) -> None:
+    """Prints the rows of reference/`folder` with these settings, such as seeds=3, as Markdown: all, or those of
+    `labels`, in that order; columns: names of COLUMNS, separated by commas. Raises KeyError for a row that is not
+    there."""
+    rows = read_rows(folder, **settings)
+    chosen = [rows[label] for label in labels] if labels else list(rows.values())
+    wanted = [name.strip() for name in columns.split(",")]
+    print_table(["", *wanted], [[row.label, *(COLUMNS[name](row) for name in wanted)] for row in chosen])
+
+
+def matrix(folder: str, column: str, lines: dict[str, str], heads: list[str], **settings) -> None:
+    """Prints one cell for each line, {what it says: label with {} for the head}, and head."""
+    rows = read_rows(folder, **settings)
+    cells = [[said, *(COLUMNS[column](rows[label.format(head)]) for head in heads)] for said, label in lines.items()]
+    print_table([column, *heads], cells)
+
+
+def read_rows(folder: str, **settings) -> dict[str, Row]:
+    """{label: row} of reference/`folder` where all the `settings` are these. Raises KeyError where two rows would have
+    one label."""
+    rows: dict[str, Row] = {}
+    for row in ResultStore(REFERENCE / folder / "results.jsonl").rows():
+        if all(getattr(row.settings, key) == value for key, value in settings.items()):
+            if row.label in rows:
+                raise KeyError(f"reference/{folder} has two rows {row.label}: name more settings")
+            rows[row.label] = row
+    return rows
+
+
+def correlations(folders: list[str], formats: list[str]) -> None:
+    """Prints the rank correlations of predictors with the increase of the loss, a column for each preset and format."""
+    predictors = {
+        "Fisher, timestep 1": lambda m: m.fisher["timestep 1"],
+        "the same times the squared error of quantizing": lambda m: np.multiply(
+            m.fisher["timestep 1"], m.squared_error
+        ),
+        "the squared error alone": lambda m: m.squared_error,
+    }
+    measured = [(f"{folder} {m.format.upper()}", m) for folder in folders for m in increases(folder, formats)]
+    lines = []
+    for said, values in predictors.items():
+        pairs = (rank_correlation(np.array(values(m)), np.array(m.mean)) for _, m in measured)
+        lines.append([said, *(_pair(*pair, 2) for pair in pairs)])
+    print_table(["", *(head for head, _ in measured)], lines)
+
+
+def predictions(folder: str, formats: list[str]) -> None:
+    """Prints the increase of the loss x 10^6 where all tensors are quantized at once, and what was predicted."""
+    measured = increases(folder, formats)
+    lines = [["measured", *(_millionths(*m.together) for m in measured)]]
+    for how, said in (("Gauss-Newton", "predicted by Gauss-Newton values"), ("Fisher / 2", "half of F dw²")):
+        lines.append([said, *(_millionths(m.predicted()[how].sum()) for m in measured)])
+    print_table(["", *(m.format.upper() for m in measured)], lines)
+
+
+def layers(folders: list[str], formats: list[str]) -> None:
+    """Prints the increase of the loss x 10^6, summed over the tensors of each layer."""
+    measured = [(f"{folder}, {m.format.upper()}", m) for folder in folders for m in increases(folder, formats)]
+    heads = list(measured[0][1].layers)
+    lines = [[said, *(_millionths(*pair) for pair in m.layers.values())] for said, m in measured]
+    print_table(["", *(f"layer {head.removeprefix('layer')}" for head in heads)], lines)
+
+
+def increases(folder: str, formats: list[str]) -> list[Increases]:
+    """What `python -m common sensitivity` kept in reference/`folder`, in the order of `formats`."""
+    by_format = {m.format: m for m in read_increases(REFERENCE / folder / FILE)[1]}
+    return [by_format[name] for name in formats]
+
+
+def print_table(heads: list[str], lines: list[list[str]]) -> None:
+    print("| " + " | ".join(heads) + " |")
+    print("|" + "---|" * len(heads))
+    for line in lines:
+        print("| " + " | ".join(line) + " |")
+
+
+def _figure(figure: Figure | None, most_digits: int, factor: float = 1.0) -> str:
+    """With two digits of the error, or fewer where that takes more than `most_digits` decimals."""
+    if figure is None:
+        return NOTHING
+    return figure.text(
+        next(d for d in range(most_digits + 1) if factor * figure.error * 10**d >= 9.5 or d == most_digits), factor
+    )
+
+
+def _pair(value: float, error: float, digits: int) -> str:
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _millionths(*figures: float) -> str:
+    """A value, or value and error, x 10^6: small ones with two digits."""
+    return " ± ".join(f"{1e6 * x:.2g}" if abs(x) < 1e-6 else f"{1e6 * x:,.0f}" for x in figures)
+
+
+def _published(row: Row, which: int) -> str:
+    value = row.published and row.published[which]
+    return f"{value:.2f}" if value else NOTHING
