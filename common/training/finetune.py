@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 RATE, STEP_RATE = 0.004, 0.002  # of Adam: of latent weights, in steps; of the logarithms of steps
 WARMUP = 0.05  # of the updates: Adam's first ones are all of full length
 RECOUNT = 10  # of these, from one file that is made to the next
-SPARE = 0.001  # of the bytes: what the last codes may differ from the ramp
+SPARE = 0.003  # of the bytes: what the last codes may differ from the ramp
 
 
 def state_key(network: str, weights: str, steps: dict[str, float], data: str, seed: int, precision: str, **more) -> str:
@@ -44,7 +44,7 @@ def state_key(network: str, weights: str, steps: dict[str, float], data: str, se
     limit and updates.
     """
     method = [METHOD_VERSION, BATCH, RATE, STEP_RATE, WARMUP, CYCLE, quantized.INSIDE, REFRESH, RECOUNT, SPARE]
-    method += [price.ABSENT, price.PROPORTIONAL, price.INTEGRAL, torch.__version__]
+    method += [price.ABSENT, price.PROPORTIONAL, price.INTEGRAL, price.FARTHEST, torch.__version__]
     of = [network, weights, sorted(steps.items()), data, seed, precision, sorted(more.items()), *method]
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()
 
@@ -113,7 +113,8 @@ def finetune(
             u.grad.add_(lengths[name].slope(u.detach()), alpha=control.price)
         for group, rate in zip(optimizer.param_groups, (RATE, STEP_RATE), strict=True):
             group["lr"] = rate * speed
-        optimizer.step()
+        with trained.steps_alone():
+            optimizer.step()
         error = loss if i == done else 0.95 * error + 0.05 * loss
         bar.set_postfix_str(f"{control.size / MIB:.3f} MiB, error {error:.2e}", refresh=False)
         due = time.monotonic() - saved_at > SAVE_SECONDS and (i + 1) % REFRESH == 0  # so that codes are looked at first

@@ -16,6 +16,7 @@ from common.formats.entropy import DIRECT, TABLED_REACH, groups_of
 
 ABSENT = 0.5  # occurrences that a code which does not occur counts as: it costs one bit more than the rarest
 PROPORTIONAL, INTEGRAL = 30.0, 1.0  # of `SizeControl`
+FARTHEST = 0.1  # excess that it answers to: where the weights are too slow for the ramp, no price makes them faster
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,10 @@ class SizeControl:
     def observe(self, update: int, bits: float, speed: float) -> None:
         """Takes note of the codes' `bits`; speed: of the weights, a share of their fastest: slow ones answer little."""
         self.size = self.overhead + bits / 8
-        self.excess = math.log(self.size / self.wanted(update))
+        self.excess = max(-FARTHEST, min(FARTHEST, math.log(self.size / self.wanted(update))))
         self.base += INTEGRAL * speed * self.excess
 
     @property
     def price(self) -> float:
         """Of a bit, in units of the loss."""
-        return math.exp(min(700.0, self.base + PROPORTIONAL * self.excess))
+        return math.exp(self.base + PROPORTIONAL * self.excess)

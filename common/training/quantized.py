@@ -4,6 +4,7 @@ The rounding is taken for the identity in the backward pass (straight-through es
 logarithm of each tensor's step is learned beside the weights (the step of LSQ, Esser et al. 2020).
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,21 @@ class Quantized:
     def unrounded(self) -> dict[str, torch.Tensor]:
         """The latent weights, not in steps."""
         return {n: (u.detach() * self.log_steps[n].detach().exp()).cpu() for n, u in self.latents.items()}
+
+    @contextmanager
+    def steps_alone(self):
+        """For an update inside: a step moves at constant weight, and not at constant weight / step.
+
+        So its gradient says what coarser codes of the same weights cost and save. The latents, being in steps, are
+        put in units of the new ones afterwards.
+        """
+        with torch.no_grad():
+            for name, u in self.latents.items():
+                self.log_steps[name].grad.sub_((u * u.grad).sum())
+            before = {name: log_step.clone() for name, log_step in self.log_steps.items()}
+            yield
+            for name, u in self.latents.items():
+                u.mul_((before[name] - self.log_steps[name]).exp())
 
     def steps(self) -> dict[str, float]:
         return {name: float(log_step.detach().exp()) for name, log_step in self.log_steps.items()}
