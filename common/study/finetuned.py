@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from common.choose import allocation, rounding
-from common.ddpm.schedule import Schedule
+from common.ddpm.architecture import schedule_of
 from common.errors import UserError
 from common.formats.packed import Model, file_bytes, load_model, save_model
 from common.runtime import distributed
@@ -39,7 +39,7 @@ def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: in
         def size(weights, steps) -> int:
             return stored_bytes(rounding.encode(weights, steps, price=0.0))
 
-        draw = sampler_of_digits(training_digits(run), Schedule(baseline.config.timesteps, run.device), seed)
+        draw = sampler_of_digits(training_digits(run), schedule_of(baseline.config, run.device), seed)
         network = baseline.network().to(run.device, memory_format=torch.channels_last)
         weights, steps = finetune(network, model.state, steps, draw, size, limit, updates, precision, state_path)
         stored = distributed.on_first(lambda: allocation.requantize_to_size(weights, steps, stored_bytes, limit))

@@ -25,7 +25,7 @@ from common.training import price, quantized
 from common.training.finetune_state import REFRESH, load_state, read_state, save_state
 from common.training.loop import SAVE_SECONDS, stratified
 from common.training.price import SizeControl
-from common.training.quantized import start_from
+from common.training.quantized import Quantized, start_from
 
 METHOD_VERSION = 2  # grows whenever `finetune` or `sampler_of_digits` comes to give other weights
 BATCH = 64
@@ -61,7 +61,8 @@ def finetune(
     state_path: Path,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Weights and steps, {name: tensor} and {name: step}, by which `network` predicts what it does with its own, and
-    whose codes take a file of about `limit` bytes. They start from `weights` and `steps`; the weights are not rounded.
+    whose codes take a file of about `limit` bytes. They start from `weights` and `steps`; the weights are not rounded,
+    and what is no parameter of the network stays as it is.
 
     draw(i), i below `CYCLE`: inputs (N, C, H, W) and timesteps (N,) of the network, the same in all processes, which
     share them; updates take one after the other, again and again. size(weights, steps): bytes of the file of the
@@ -71,6 +72,11 @@ def finetune(
     about once a minute, and leaves the result there for the caller to remove. A state that is damaged or of another
     name is said in one line, and finetuning begins anew.
     """
+
+    def all_of(trained: Quantized) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """With what is no parameter of the network, in the order of `weights`."""
+        return weights | trained.unrounded(), steps | trained.steps()
+
     trained = start_from(network, weights, steps)
     parameters = list(trained.parameters().values())
     groups = [{"params": list(trained.latents.values())}, {"params": list(trained.log_steps.values())}]
@@ -104,7 +110,7 @@ def finetune(
         if i % REFRESH == 0:
             lengths, bits = price.measure(trained.latents)
             if i % (REFRESH * RECOUNT) == 0:
-                in_file = distributed.on_first(lambda: size(trained.unrounded(), trained.steps()))
+                in_file = distributed.on_first(lambda: size(*all_of(trained)))
                 control.overhead = in_file - bits / 8
             if i == 0:
                 control.begin(bits, 2 * math.log(2) * loss / sum(u.numel() for u in trained.latents.values()))
@@ -122,7 +128,7 @@ def finetune(
             save_state(state_path, i + 1, trained, optimizer if i + 1 < updates else None, control)
             saved_at = time.monotonic()
     distributed.barrier()
-    return trained.unrounded(), trained.steps()
+    return all_of(trained)
 
 
 def rate_factor(update: int, updates: int) -> float:
