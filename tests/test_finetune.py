@@ -44,7 +44,7 @@ def run(network, start, step, updates, path, limit=1000):
 def test_a_code_moves_to_where_the_prediction_is_again_that_of_the_network(monkeypatch, tmp_path):
     monkeypatch.setattr(finetuning, "RATE", 0.2)
     network = Scale(0.24)
-    monkeypatch.setattr(finetuning, "STEP_RATE", 0.02)
+    monkeypatch.setattr(finetuning, "STEP_RATE", 0.05)
     weight, step = run(network, 0.7, 0.1, 300, tmp_path / "state")
     assert round(weight / step) * step == pytest.approx(0.24, abs=0.03)  # the step fits itself to the code
     assert network.a.item() == pytest.approx(0.24)  # what it learns from is left alone
@@ -76,6 +76,7 @@ def test_codes_of_a_gaussian_source_come_to_the_size_asked_for(monkeypatch, tmp_
     """And to within half a bit of the rate-distortion bound, 2^(-2 bits); quantization that decides for each weight by
     itself comes to 0.25 bits (Gish & Pierce 1968)."""
     monkeypatch.setattr(finetuning, "RATE", 0.01)
+    monkeypatch.setattr(finetuning, "STEP_RATE", 0.005)
     network, updates, limit = Matrix(64), 400, 1024  # 2 bits a weight; the start has 3.1
     own, step = network.weight.detach(), 0.5
     white = torch.randn(1000, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -159,7 +160,13 @@ def test_the_key_differs_with_all_that_the_result_depends_on(monkeypatch):
     keys = [finetuning.state_key(**settings), *(finetuning.state_key(**settings | {k: v}) for k, v in others.items())]
     constants = [(finetuning, name) for name in ("METHOD_VERSION", "BATCH", "RATE", "STEP_RATE", "WARMUP")]
     constants += [(finetuning, name) for name in ("CYCLE", "REFRESH", "RECOUNT", "SPARE")]
-    constants += [(price, "ABSENT"), (price, "PROPORTIONAL"), (price, "INTEGRAL"), (quantized, "INSIDE")]
+    constants += [
+        (price, "ABSENT"),
+        (price, "PROPORTIONAL"),
+        (price, "INTEGRAL"),
+        (price, "FARTHEST"),
+        (quantized, "INSIDE"),
+    ]
     for module, name in constants:
         with monkeypatch.context() as patch:
             patch.setattr(module, name, 7)
@@ -172,7 +179,7 @@ def test_the_key_differs_with_all_that_the_result_depends_on(monkeypatch):
 
 
 CONTROL = {
-    "end": 999.0, "updates": 20, "start": 100.0, "size": 100.0, "overhead": 90.0, "base": -20.0, "excess": 0.0,
+    "end": 1000 * (1 - finetuning.SPARE), "updates": 20, "start": 100.0, "size": 100.0, "overhead": 90.0, "base": -20.0, "excess": 0.0,
 }  # fmt: skip
 GOOD = {f"{kind}/{name}": value for name, value in (("latent/a", torch.tensor([7.0])), ("log-step/a", torch.zeros(())))
         for kind, value in (("exp_avg", 0 * value), ("exp_avg_sq", 0 * value), ("step", torch.tensor(10.0)))
