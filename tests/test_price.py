@@ -68,37 +68,48 @@ def test_codes_beyond_what_is_tabled_have_no_slope():
 
 
 def follow(control, updates, rate, first):
-    """Sizes of codes whose logarithm falls at `rate` per update where the price is the `wanted` one, and in proportion.
-    It does not rise where the price is too low: codes that have shrunk do not grow back."""
+    """Sizes of codes whose logarithm falls at `rate` per update where the price is twice that of the best there is, and
+    in proportion. It does not rise where the price is too low: codes that have shrunk do not grow back."""
     size, sizes = first, []
     for i in range(updates):
+        control.take_loss(i, 1e-3 * (first / size) ** 2)
+        best = 2 * math.log(2) * control.error / control.weights
         if i % 10 == 0:
-            if i == 0:
-                control.begin(8 * size, 1e-9)
-            control.observe(i, 8 * size, 1.0)
-        size *= math.exp(-rate * max(0.0, control.price / 1e-9 - 0.5))
+            control.take_bits(i, 8 * size, 1.0)
+        size *= math.exp(-rate * max(0.0, control.price / best - 1))
         sizes.append(size)
     return sizes
 
 
-@pytest.mark.parametrize("rate", [3e-4, 6e-4, 1e-3])
+@pytest.mark.parametrize("rate", [6e-4, 1e-3, 2e-3])
 def test_the_size_follows_the_ramp_and_hardly_overshoots(rate):
-    control = SizeControl(1000.0, 1000)
+    control = SizeControl(1000.0, 1000, 4000)
     sizes = follow(control, 1000, rate, 1300.0)
     assert control.wanted(0) == 1300 and control.wanted(250) == pytest.approx(math.sqrt(1300 * 1000))
     assert control.wanted(500) == control.wanted(999) == 1000
     for i, size in enumerate(sizes[50:], start=50):
         assert size == pytest.approx(control.wanted(i), rel=0.03)
-    assert 0.97 < min(sizes) / 1000 < 1.001 and sizes[-1] < 1005
+    assert 0.98 < min(sizes) / 1000 < 1.001 and sizes[-1] < 1005
+
+
+def test_on_the_ramp_a_bit_costs_what_it_is_worth_at_the_best_there_is():
+    """The derivative of error * 2^(-2 bits / weights) in the bits, at the running mean of the loss."""
+    control = SizeControl(100.0, 1000, 400, overhead=20.0)
+    for i, loss in enumerate((3e-3, 1e-3)):
+        control.take_loss(i, loss)
+    control.take_bits(0, 8 * 80.0, 1.0)
+    error = price.MEMORY * 3e-3 + (1 - price.MEMORY) * 1e-3
+    h = 1e-3
+    slope = error * (2 ** (-2 * -h / 400) - 2 ** (-2 * h / 400)) / (2 * h)
+    assert control.size == 100 and control.price == pytest.approx(slope, rel=1e-6)
 
 
 def test_a_size_above_the_ramp_raises_the_price_and_one_below_lowers_it():
     prices = []
-    for size in (990.0, 1000.0, 1010.0):
-        control = SizeControl(1000.0, 100, overhead=200.0)
-        control.begin(8 * 800.0, 1e-9)
-        assert control.price == pytest.approx(1e-9)
-        control.observe(99, 8 * (size - 200), 1.0)
-        prices.append(control.price)
-    assert prices[0] < prices[1] == pytest.approx(1e-9) and prices[2] > prices[1]
-    assert prices[2] == pytest.approx(1e-9 * 1.01 ** (price.PROPORTIONAL + price.INTEGRAL))
+    for size in (990.0, 1000.0, 1010.0, 1500.0):
+        control = SizeControl(1000.0, 100, 4000, start=1000.0, overhead=200.0, error=1e-3)
+        control.take_bits(99, 8 * (size - 200), 1.0)
+        prices.append(control.price / (2 * math.log(2) * 1e-3 / 4000))
+    assert prices[0] < 1 and prices[1] == pytest.approx(1)
+    assert prices[2] == pytest.approx(1.01 ** (price.PROPORTIONAL + price.INTEGRAL))
+    assert prices[3] == pytest.approx(math.exp(price.FARTHEST * (price.PROPORTIONAL + price.INTEGRAL)))

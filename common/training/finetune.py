@@ -44,7 +44,7 @@ def state_key(network: str, weights: str, steps: dict[str, float], data: str, se
     limit and updates.
     """
     method = [METHOD_VERSION, BATCH, RATE, STEP_RATE, WARMUP, CYCLE, quantized.INSIDE, REFRESH, RECOUNT, SPARE]
-    method += [price.ABSENT, price.PROPORTIONAL, price.INTEGRAL, price.FARTHEST, torch.__version__]
+    method += [price.ABSENT, price.PROPORTIONAL, price.INTEGRAL, price.FARTHEST, price.MEMORY, torch.__version__]
     of = [network, weights, sorted(steps.items()), data, seed, precision, sorted(more.items()), *method]
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()
 
@@ -83,7 +83,7 @@ def finetune(
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), fused=True)
     for p in parameters:
         p.grad = torch.zeros_like(p)  # also of those that the network does not use
-    done, control, error = 0, SizeControl(limit * (1 - SPARE), updates), 0.0
+    done, control = 0, SizeControl(limit * (1 - SPARE), updates, sum(u.numel() for u in trained.latents.values()))
     if (state := distributed.on_first(lambda: read_state(state_path, trained, control))) is not None:
         tensors, done, found = state
         load_state(tensors, trained, optimizer)
@@ -105,24 +105,21 @@ def finetune(
         optimizer.zero_grad(set_to_none=False)
         loss.backward()
         distributed.average_gradients(parameters)
-        loss = float(distributed.mean(loss.detach()))
+        control.take_loss(i, float(distributed.mean(loss.detach())))
         speed = rate_factor(i, updates)
         if i % REFRESH == 0:
             lengths, bits = price.measure(trained.latents)
             if i % (REFRESH * RECOUNT) == 0:
                 in_file = distributed.on_first(lambda: size(*all_of(trained)))
                 control.overhead = in_file - bits / 8
-            if i == 0:
-                control.begin(bits, 2 * math.log(2) * loss / sum(u.numel() for u in trained.latents.values()))
-            control.observe(i, bits, speed)
+            control.take_bits(i, bits, speed)
         for name, u in trained.latents.items():
             u.grad.add_(lengths[name].slope(u.detach()), alpha=control.price)
         for group, rate in zip(optimizer.param_groups, (RATE, STEP_RATE), strict=True):
             group["lr"] = rate * speed
         with trained.steps_alone():
             optimizer.step()
-        error = loss if i == done else 0.95 * error + 0.05 * loss
-        bar.set_postfix_str(f"{control.size / MIB:.3f} MiB, error {error:.2e}", refresh=False)
+        bar.set_postfix_str(f"{control.size / MIB:.3f} MiB, error {control.error:.2e}", refresh=False)
         due = time.monotonic() - saved_at > SAVE_SECONDS and (i + 1) % REFRESH == 0  # so that codes are looked at first
         if distributed.rank() == 0 and (due or i + 1 == updates):
             save_state(state_path, i + 1, trained, optimizer if i + 1 < updates else None, control)

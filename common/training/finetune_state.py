@@ -39,7 +39,9 @@ def read_state(
         sealed.require_metadata(metadata, {"updates": int, "name": str, "control": dict})
         done, found = metadata["updates"], metadata["control"]
         sealed.require_metadata(found, {field.name: type(getattr(control, field.name)) for field in fields(control)})
-        same = metadata["name"] == path.name and (found["end"], found["updates"]) == (control.end, control.updates)
+        same = metadata["name"] == path.name and all(
+            found[key] == getattr(control, key) for key in ("end", "updates", "weights")
+        )
         if not same or not 0 < done <= control.updates or (done % REFRESH and done < control.updates):
             raise ValueError("it is of another finetuning")
         if not all(math.isfinite(value) for value in found.values()) or not min(found["start"], found["size"]) > 0:

@@ -16,6 +16,7 @@ from common.formats.entropy import DIRECT, TABLED_REACH, groups_of
 
 ABSENT = 0.5  # occurrences that a code which does not occur counts as: it costs one bit more than the rarest
 PROPORTIONAL, INTEGRAL = 30.0, 1.0  # of `SizeControl`
+MEMORY = 0.98  # of the running mean of the loss, from one update to the next
 FARTHEST = 0.1  # excess that it answers to: where the weights are too slow for the ramp, no price makes them faster
 
 
@@ -65,38 +66,44 @@ def lengths_of(counts: np.ndarray) -> np.ndarray:
 class SizeControl:
     """Moves the price of a bit so that the file follows a ramp down to `end` bytes over the first half of `updates`.
 
-    The ramp is geometric, without slope at both ends. The logarithm of the price follows that of size / ramp and its
-    sum. Codes that have shrunk hardly grow back, so it must not overshoot: the size answers to the price about as a sum
-    does, at a rate of some ten-thousandths an update, and at that rate these constants damp it critically.
+    The ramp is geometric, without slope at both ends. At the best there is the squared error falls as 2^(-2 bits per
+    weight), so that a bit more is worth 2 ln(2) / weights of the error; the price is a multiple of that, and the
+    logarithm of the multiple follows that of size / ramp and its sum. Codes that have shrunk hardly grow back, so it
+    must not overshoot: the size answers to the price about as a sum does, at a rate of some ten-thousandths an update,
+    and at that rate these constants damp it critically.
 
-    start, size: bytes of the file, at first and when last observed; overhead: of these, what the lengths of the codes
-    do not say; base: logarithm of the price where the size is on the ramp; excess: log(size / ramp).
+    weights: how many; start, size: bytes of the file, at first and when last observed; overhead: of these, what the
+    lengths of the codes do not say; error: running mean of the loss; base: logarithm of the multiple where the size is
+    on the ramp; excess: log(size / ramp).
     """
 
     end: float
     updates: int
+    weights: int
     start: float = 0.0
     size: float = 0.0
     overhead: float = 0.0
+    error: float = 0.0
     base: float = 0.0
     excess: float = 0.0
-
-    def begin(self, bits: float, price: float) -> None:
-        """price: of a bit, at first."""
-        self.start, self.base = self.overhead + bits / 8, math.log(max(price, 1e-300))
 
     def wanted(self, update: int) -> float:
         """Bytes on the ramp."""
         progress = min(1.0, 2 * update / self.updates)
         return self.start * (self.end / self.start) ** (0.5 - 0.5 * math.cos(math.pi * progress))
 
-    def observe(self, update: int, bits: float, speed: float) -> None:
-        """Takes note of the codes' `bits`; speed: of the weights, a share of their fastest: slow ones answer little."""
+    def take_loss(self, update: int, loss: float) -> None:
+        self.error = loss if update == 0 else MEMORY * self.error + (1 - MEMORY) * loss
+
+    def take_bits(self, update: int, bits: float, speed: float) -> None:
+        """bits: of all codes; speed: of the weights, a share of their fastest: slow ones answer little."""
         self.size = self.overhead + bits / 8
+        if update == 0:
+            self.start = self.size
         self.excess = max(-FARTHEST, min(FARTHEST, math.log(self.size / self.wanted(update))))
         self.base += INTEGRAL * speed * self.excess
 
     @property
     def price(self) -> float:
         """Of a bit, in units of the loss."""
-        return math.exp(self.base + PROPORTIONAL * self.excess)
+        return 2 * math.log(2) * self.error / self.weights * math.exp(self.base + PROPORTIONAL * self.excess)
