@@ -36,7 +36,7 @@ from common.study.held_out import Judged, held_out, judge
 from common.study.rows import Figure
 from common.study.run import Run
 
-HEAD_START = 1.3  # finetuning begins with a file so many times larger, which it shrinks
+HEAD_START = 1.1  # finetuning begins with a file so many times larger, which it shrinks
 
 
 def budget_metadata(run: Run, baseline: Model, coding: str, size: str, variant: str | None = None, **more) -> dict:

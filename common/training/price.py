@@ -15,7 +15,7 @@ import torch
 from common.formats.entropy import DIRECT, TABLED_REACH, groups_of
 
 ABSENT = 0.5  # occurrences that a code which does not occur counts as: it costs one bit more than the rarest
-PROPORTIONAL, INTEGRAL = 30.0, 1.0  # of `SizeControl`
+PROPORTIONAL, INTEGRAL = 60.0, 4.0  # of `SizeControl`
 MEMORY = 0.98  # of the running mean of the loss, from one update to the next
 FARTHEST = 0.1  # excess that it answers to: where the weights are too slow for the ramp, no price makes them faster
 
@@ -70,7 +70,7 @@ class SizeControl:
     weight), so that a bit more is worth 2 ln(2) / weights of the error; the price is a multiple of that, and the
     logarithm of the multiple follows that of size / ramp and its sum. Codes that have shrunk hardly grow back, so it
     must not overshoot: the size answers to the price about as a sum does, at a rate of some ten-thousandths an update,
-    and at that rate these constants damp it critically.
+    and at that rate these constants damp it.
 
     weights: how many; start, size: bytes of the file, at first and when last observed; overhead: of these, what the
     lengths of the codes do not say; error: running mean of the loss; base: logarithm of the multiple where the size is
