@@ -201,7 +201,7 @@ def choices() -> Iterator[Case]:
     options = {
         "--preset": ("huge", "", "Quick"), "--data": ("cifar", ""), "--format": ("int1", "fp32", "INT8", ""),
         "--timestep-weighting": ("2", "", "all"), "--fisher-timestep": ("2", ""), "--curvature": ("hessian", ""),
-        "--sampler": ("euler", ""), "--precision": ("fp8", ""),
+        "--sampler": ("euler", ""), "--precision": ("fp8", ""), "--engine": ("onnx", ""),
         "--metric": ("clip", ""),
     }  # fmt: skip
     scripts = itertools.cycle(SCRIPTS[1:])

@@ -31,7 +31,7 @@ SCRIPTS = ("simplediffusion", "whole_threshold", "layer_group", "layer_ratio", "
 PATHS = ("simplediffusion", "layer_ratio")  # the two ways through the pipeline: what scripts share has no more
 SHARED = [
     "--preset", "--checkpoint", "--data", "--data-dir", "--images", "--sampler",
-    "--steps", "--eta", "--batch-size", "--seed", "--seeds", "--device", "--precision", "--metric",
+    "--steps", "--eta", "--batch-size", "--seed", "--seeds", "--device", "--precision", "--engine", "--metric",
     "--inception-weights", "--out", "--dry-run",
 ]  # fmt: skip
 
