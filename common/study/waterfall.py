@@ -4,9 +4,9 @@
 
 At each size, with steps by Fisher information: codes to the nearest ("nearest"); those whose fewer bits pay for their
 error ("no feedback"); and with feedback, which is all of layer_budget.py. Then all parts with steps by something else:
-Gauss-Newton values, mean squared weights ("magnitude"), or the same for all ("unweighted"). --finetune N trains the
-codes and steps of the whole, in addition. Each is a row, and its increase of the loss on held-out digits stands below
-the table.
+Gauss-Newton values, mean squared weights ("magnitude"), or the same for all ("unweighted").
+--finetune N adds the whole with codes and steps that were trained for N updates.
+Each is a row, and its increase of the loss on held-out digits stands below the table.
 """
 
 from collections.abc import Iterator
