@@ -20,7 +20,7 @@ from common.options import number
 from common.runtime import distributed
 from common.runtime.files import remove
 from common.study.budget_search import describe_confirmation, describe_search, lies_below, margin_of, search
-from common.study.codings import Allocator, coded_model, make_allocator
+from common.study.codings import Allocator, EntropyCoding, coded_model, make_allocator
 from common.study.diffusion_fisher import (
     curvature_metadata,
     curvature_table,
@@ -182,7 +182,10 @@ class Maker:
         yield self.fit(limit, self.values, metadata)
         if updates:
             try:
-                smaller = self.fit(int((1 - GROWTH) * limit), self.values, metadata)
+                plain = EntropyCoding(
+                    self.baseline, self.feedback, trellis=False
+                )  # codes times steps, as they are trained
+                smaller = self.fit(int((1 - GROWTH) * limit), self.values, metadata, plain)
                 metadata = self.metadata(asked, "finetuned", updates=updates)
                 yield finetuned(self.run, self.baseline, smaller, metadata, limit, updates)
             except BudgetError as error:  # the other rows are not lost
