@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.formats.entropy import DIRECT, TABLED_REACH, groups_of
+from common.formats.entropy_tables import DIRECT, groups_of
 
+TABLED_REACH = 2**16  # codes beyond it count as it
 ABSENT = 0.5  # occurrences that a code which does not occur counts as: it costs one bit more than the rarest
 PROPORTIONAL, INTEGRAL = 60.0, 4.0  # of `SizeControl`
 MEMORY = 0.98  # of the running mean of the loss, from one update to the next
