@@ -118,13 +118,13 @@ def _round(
     next_state: np.ndarray,
 ) -> np.ndarray:
     """Integers (K, R) for columns `rest` (K, R) in the order of `upper` (K, K); writes over `rest`."""
-    size, upper = len(rest), upper.astype(np.float64)
+    size, upper, spread = len(rest), upper.astype(np.float64), by_rows.spread.astype(np.float32)
     codes, values = np.empty(rest.shape, np.int64), np.empty(rest.shape, np.int64)
     for start in range(0, size, BLOCK):
         end = min(size, start + BLOCK)
         errors = np.empty((end - start, rest.shape[1]))
         search_block(
-            rest, upper, start, end, by_rows.weights, by_rows.spread, next_state, bits, price, largest, codes, values,
+            rest, upper, start, end, by_rows.weights, spread, next_state, bits, price, largest, codes, values,
             errors,
         )  # fmt: skip
         rest[end:] -= upper[start:end, end:].T @ errors

@@ -1,7 +1,7 @@
 """Which integers stand for weights: the nearest multiples of a step, or others whose fewer bits pay for their error."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -95,13 +95,11 @@ def _choose(shape: torch.Size, scaled: np.ndarray, rounding: Rounding, name: str
     next_state, price = (NO_TRELLIS, 1.0) if axis is None else (TRELLIS, TRELLIS_PRICE / PRICE_OF_A_BIT)
     rows = feedback.rows(torch.from_numpy(scaled)).numpy()
     codes = np.rint(scaled / (1 if axis is None else 2)).astype(np.int64)
-    before = None
-    for _ in range(rounds if rounding.price else 1):
+    for left in reversed(range(rounds if rounding.price else 1)):  # feedback by rows, which takes long, in the last
+        by = replace(feedback, by_rows=None) if left else feedback
         bits = code_lengths(columns_of(codes, axis or 0), next_state)
-        found = feedback.round(rows, bits, rounding.price * price, LARGEST_CODE, next_state)
-        before, codes = codes, np.ascontiguousarray(feedback.weight(found, shape))
-        if np.array_equal(codes, before):  # and so would be the next
-            break
+        found = by.round(rows, bits, rounding.price * price, LARGEST_CODE, next_state)
+        codes = np.ascontiguousarray(feedback.weight(found, shape))
     return codes
 
 

@@ -44,7 +44,7 @@ def _search(targets, weights, spread, next_state, bits, price, largest, codes, v
     cost[0] = _FAR
     cost[0, 0] = 0.0
     if by_rows:
-        paths[0, 0] = targets
+        paths[0, 0, :] = targets
     for r in range(rows):
         old, new = r & 1, 1 - (r & 1)
         cost[new] = _FAR
@@ -54,7 +54,7 @@ def _search(targets, weights, spread, next_state, bits, price, largest, codes, v
                 if cost[old, s] >= _FAR:
                     continue
                 if by_rows or fresh:
-                    target = paths[old, s, r] if by_rows else targets[r]
+                    target = np.float64(paths[old, s, r]) if by_rows else targets[r]
                     _candidates(target, weights[r], parity, trellis, bits[parity], price, largest, costs, found)
                     fresh = False
                 for odd in range(2):
@@ -66,9 +66,10 @@ def _search(targets, weights, spread, next_state, bits, price, largest, codes, v
             for to in range(states):
                 if cost[new, to] < _FAR:
                     s = back[r, to, 0]
-                    error = paths[old, s, r] - multiple(back[r, to, 1], s, trellis)
-                    for i in range(r + 1, rows):
-                        paths[new, to, i] = paths[old, s, i] + error * spread[r, i]
+                    error = np.float32(paths[old, s, r] - multiple(back[r, to, 1], s, trellis))
+                    before, after, shares = paths[old, s, r + 1 :], paths[new, to, r + 1 :], spread[r, r + 1 :]
+                    for i in range(rows - r - 1):
+                        after[i] = before[i] + error * shares[i]
     state = np.argmin(cost[rows & 1])
     for r in range(rows - 1, -1, -1):
         codes[r], state = back[r, state, 1], back[r, state, 0]
@@ -80,12 +81,12 @@ def search_block(rest, upper, start, end, weights, spread, next_state, bits, pri
     """Rounds columns start..end of `rest` (columns, rows), in steps, hands the error of each on to the later ones of
     these, and leaves it in `errors` (end - start, rows) for those behind.
 
-    upper: see `feedback.Factor`; weights (rows,), spread (rows, rows) or (0, 0): see `feedback.RowFactor`; bits
-    (2, 2 * reach + 1): of each code and quantizer, the last for all beyond; price: of a bit in units of a column's
+    upper: see `feedback.Factor`; weights (rows,), spread (rows, rows) or (0, 0), float32: see `feedback.RowFactor`;
+    bits (2, 2 * reach + 1): of each code and quantizer, the last for all beyond; price: of a bit in units of a column's
     squared error of weight 1; codes, values (columns, rows): written, integers and their multiples of the step.
     """
     rows, states = rest.shape[1], len(next_state)
-    paths = np.empty((2, states, rows if len(spread) else 0))
+    paths = np.empty((2, states, rows if len(spread) else 0), np.float32)
     cost, back = np.empty((2, states)), np.zeros((rows, states, 2), np.int64)
     for j in range(start, end):
         own = upper[j, j]
