@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.formats import entropy_tables
+from common.formats import entropy, entropy_tables
 from common.training import price
 from common.training.price import CodeLengths, SizeControl, lengths_of, measure
 
