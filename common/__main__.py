@@ -15,6 +15,8 @@ COMMANDS = {  # name: (module, what it does)
     "export": ("common.study.export", "writes a model that runs without this project, in OpenVINO's format or ONNX"),
     "waterfall": ("common.study.waterfall", "what does each part of layer_budget.py buy?"),
     "learning-curve": ("common.study.learning_curve", "how FID fell in training"),
+    "unpack": ("common.study.unpack", "writes a packed model as a folder that diffusers loads"),
+    "samples": ("common.study.grid", "draws a grid of images of a packed model"),
     "features": ("common.study.train_features", "trains the digit classifier whose features the metrics use"),
 }
 

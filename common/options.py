@@ -11,6 +11,8 @@ from common.presets import FORMATS, PRESETS
 
 MOST_IMAGES = 10_000_000
 LARGEST_SEED = 2**64 - 1  # keys of the noise are of 64 bits
+DIGITS = ("mnist", "mnist5k")  # that come with the software, or by themselves
+METRICS = ("mnist", "inception", "random")  # whose features images are compared by
 CURVATURES = ("fisher", "gauss-newton")  # the loss's mean squared gradient, or the curvature of its squared error
 # How Fisher values are averaged over timesteps: those of timestep 1 alone, all alike, or by what an error of the
 # predicted noise does to the finished image.
@@ -91,6 +93,11 @@ def file_name(text: str) -> Path:
     return Path(text)
 
 
+def data_name(text: str) -> str | Path:
+    """An argparse type: the name of digits that come with the software, or a folder."""
+    return text if text in DIGITS else file_name(text)
+
+
 def number(value: float) -> str:
     """The shortest text that is this number and no other: labels of two numbers differ."""
     short = f"{value:g}"
@@ -107,7 +114,16 @@ def script_parser(description: str, *, formats: bool = False, fisher: bool = Fal
     model = parser.add_argument_group("model and data")
     model.add_argument("--preset", choices=PRESETS, help="default: paper where CUDA is available, else quick")
     model.add_argument("--checkpoint", type=file_name, metavar="FILE", help="default: checkpoints/<preset>.safetensors")
-    model.add_argument("--data", choices=("mnist", "mnist5k"), help="default: what the preset trains on")
+    model.add_argument(
+        "--model", type=file_name, metavar="DIR", help="a UNet2DModel of diffusers, in place of a preset; with --data"
+    )
+    model.add_argument(
+        "--data",
+        type=data_name,
+        metavar="mnist|mnist5k|FOLDER",
+        help="default: what the preset trains on; for a --model a folder of png, jpg or webp images, a fifth of them "
+        "held out by a hash of their names",
+    )
     model.add_argument("--data-dir", type=file_name, default=Path("data"), metavar="DIR", help="holds MNIST/raw")
     model.add_argument("--device", default=None, help="cpu, cuda or cuda:N; default: cuda where available, else cpu")
     model.add_argument(
@@ -122,15 +138,25 @@ def script_parser(description: str, *, formats: bool = False, fisher: bool = Fal
         _add_quantization(parser.add_argument_group("quantization"), formats, fisher)
     parser.set_defaults(
         samples=samples, images=None, seeds=1, sampler=None, steps=None, eta=None, batch_size=None, precision="fp32",
-        metric="mnist", inception_weights=None, engine="torch",
+        metric=None, inception_weights=None, engine="torch",
     )  # fmt: skip
     if samples:
         _add_sampling(parser.add_argument_group("sampling"))
         metrics = parser.add_argument_group("metrics")
-        metrics.add_argument("--metric", choices=("mnist", "inception"), help="whose features FID, KID and score use")
+        metrics.add_argument(
+            "--metric",
+            choices=METRICS,
+            help="whose features FID, KID and score use; default: mnist for digits; for others inception where its "
+            "weights are there and images are enough, else random, a fixed network of random weights",
+        )
         metrics.add_argument("--inception-weights", type=file_name, metavar="FILE", help="default: download them")
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=file_name, metavar="DIR", help="default: results/<preset>")
+    output.add_argument(
+        "--out",
+        type=file_name,
+        metavar="DIR",
+        help="default: results/<preset>, or results/ and the name of the --model",
+    )
     output.add_argument("--dry-run", action="store_true", help="print configuration, sizes and cost; run nothing")
     return parser
 

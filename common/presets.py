@@ -1,6 +1,7 @@
 """Networks, their training, and what is sampled and measured by default. No torch, so that --help answers at once."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 CHANNEL_FACTORS = (1, 2, 4, 8, 8, 6)  # of layers 1 to 6, for the skips to join
 FORMATS = ("fp32", "fp16", "int8", "int7", "int6", "int5", "int4", "int3", "int2")
@@ -27,6 +28,7 @@ class UNetConfig:
     attention_layers: tuple[int, ...] = (2, 6)
     dropout: float = 0.1  # in the residual blocks, in training
     timesteps: int = 1000
+    image_shape: ClassVar[tuple[int, int, int]] = (1, 32, 32)  # (channels, height, width)
 
     def __post_init__(self):
         _require_integers("channels", self.channels, 1, LARGEST_WIDTH * max(CHANNEL_FACTORS))

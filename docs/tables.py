@@ -2,47 +2,29 @@
 
 A page holds the call in a comment, and cog (cogapp) puts what it prints below it:
 
-    <!-- [[[cog table("quick", "unbiased FID, file MiB", seeds=3) ]]] -->
+    <!-- [[[cog table("quick", "unbiased FID, MiB", seeds=3) ]]] -->
     <!-- [[[end]]] -->
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from common.study.columns import COLUMNS, cells
 from common.study.increases import FILE, Increases, rank_correlation, read_increases
-from common.study.rows import Figure, ResultStore, Row
+from common.study.rows import ResultStore, Row
 
 REFERENCE = Path(__file__).parent.parent / "reference"
-NOTHING = "-"
-
-COLUMNS: dict[str, Callable[[Row], str]] = {  # header: cell of a row
-    "unbiased FID": lambda row: _figure(row.fid_unbiased, 4),
-    "unbiased FID - FP32": lambda row: _figure(row.fid_unbiased_difference, 4),
-    "KID x1000 - FP32": lambda row: _figure(row.kid_difference, 2, 1000),
-    "FID at N": lambda row: _figure(row.fid, 3),
-    "FID at N - FP32": lambda row: _figure(row.fid_difference, 4),
-    "Score": lambda row: _figure(row.inception_score, 2),
-    "PSNR dB": lambda row: _figure(row.psnr, 1),
-    "MiB": lambda row: NOTHING if row.size_mib is None else f"{row.size_mib:#.4g}",
-    "file MiB": lambda row: NOTHING if row.file_mib is None else f"{row.file_mib:#.3g}",
-    "loss increase": lambda row: _figure(row.loss_increase, 4),
-    "permutations as good": lambda row: NOTHING if row.place is None else "{} of {}".format(*row.place),
-    "p": lambda row: NOTHING if row.place is None else f"{(row.place[0] + 1) / (row.place[1] + 1):.2f}",
-    "published FID": lambda row: _published(row, 0),
-    "published MiB": lambda row: _published(row, 1),
-}
 
 
 def table(folder: str, columns: str, labels: list[str] | None = None, **settings) -> None:
     """Prints the rows of reference/`folder` with these settings, such as seeds=3, as Markdown: all, or those of
-    `labels`, in that order; columns: names of COLUMNS, separated by commas. Raises KeyError for a row that is not
-    there."""
+    `labels`, in that order; columns: names of `common.study.columns`, separated by commas. Raises KeyError for a row
+    that is not there."""
     rows = read_rows(folder, **settings)
     chosen = [rows[label] for label in labels] if labels else list(rows.values())
     wanted = [name.strip() for name in columns.split(",")]
-    print_table(["", *wanted], [[row.label, *(COLUMNS[name](row) for name in wanted)] for row in chosen])
+    print_table(["", *wanted], [[row.label, *cells(row, wanted, list(rows.values()))] for row in chosen])
 
 
 def matrix(folder: str, column: str, lines: dict[str, str], heads: list[str], **settings) -> None:
@@ -111,15 +93,6 @@ def print_table(heads: list[str], lines: list[list[str]]) -> None:
         print("| " + " | ".join(line) + " |")
 
 
-def _figure(figure: Figure | None, most_digits: int, factor: float = 1.0) -> str:
-    """With two digits of the error, or fewer where that takes more than `most_digits` decimals."""
-    if figure is None:
-        return NOTHING
-    return figure.text(
-        next(d for d in range(most_digits + 1) if factor * figure.error * 10**d >= 9.5 or d == most_digits), factor
-    )
-
-
 def _pair(value: float, error: float, digits: int) -> str:
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
@@ -127,8 +100,3 @@ def _pair(value: float, error: float, digits: int) -> str:
 def _millionths(*figures: float) -> str:
     """A value, or value and error, x 10^6: small ones with two digits."""
     return " ± ".join(f"{1e6 * x:.2g}" if abs(x) < 1e-6 else f"{1e6 * x:,.0f}" for x in figures)
-
-
-def _published(row: Row, which: int) -> str:
-    value = row.published and row.published[which]
-    return f"{value:.2f}" if value else NOTHING

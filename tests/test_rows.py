@@ -63,7 +63,7 @@ def test_figures_and_seeds_that_earlier_rows_lack():
     assert row_from_json(old) == ROW and ROW.settings.seeds == 1
     line = format_table([row_from_json(old)]).splitlines()[4]
     assert line.split("  ")[0] == ROW.label and line.removeprefix(ROW.label).split()[:3] == ["-", "-", "-"]
-    assert "-0.0100 ± 0.0200" in format_table([new]) and "each of 3 seeds from 0" in format_table([new])
+    assert "-0.010 ± 0.020" in format_table([new]) and "each of 3 seeds from 0" in format_table([new])
 
 
 @pytest.mark.parametrize(

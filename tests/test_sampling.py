@@ -16,7 +16,7 @@ BATCHES = 3
 
 
 class Half(torch.nn.Module):
-    config = UNetConfig()
+    architecture = UNetConfig()
 
     def forward(self, x, t):
         return x / 2

@@ -6,7 +6,7 @@ Each takes {name: Fisher value} and returns the names below their threshold.
 import math
 from statistics import fmean, mean, pstdev
 
-from common.choose.layers import by_layer, is_norm, layer_of
+from common.choose.layers import by_layer, is_norm, layer_of, layers_in_order, parse_groups
 
 K_RANGE = (0.1, 2.0)
 
@@ -17,10 +17,12 @@ def below(values: dict[str, float], threshold: float) -> set[str]:
 
 
 def below_group_mean(values: dict[str, float], groups: str) -> set[str]:
-    """Names of the tensors whose Fisher value lies below the mean of their group; `groups` as in "12/3456"."""
-    chosen = set()
-    for group in groups.split("/"):
-        members = {name: value for name, value in values.items() if layer_of(name)[-1] in group}
+    """Names of the tensors whose Fisher value lies below the mean of their group; `groups` as `parse_groups` reads
+    them, in the order of the layers that `values` are of."""
+    chosen, layers = set(), layers_in_order(values)
+    for group in parse_groups(groups):
+        named = {layers[number - 1] for number in group}
+        members = {name: value for name, value in values.items() if layer_of(name) in named}
         threshold = mean(members.values())  # exact: a rounded mean can lie above equal values
         chosen |= {name for name, value in members.items() if value < threshold}
     return chosen

@@ -62,13 +62,16 @@ def pad_digits(images: torch.Tensor) -> torch.Tensor:
 
 
 def to_model_range(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, 32, 32) to float (N, 1, 32, 32) in [-1, 1]."""
-    return (images.float() / 127.5 - 1).unsqueeze(1)
+    """uint8 (N, H, W) or (N, C, H, W) to float (N, C, H, W) in [-1, 1]; C is 1 where there are no channels."""
+    images = images.float() / 127.5 - 1
+    return images.unsqueeze(1) if images.dim() == 3 else images
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """float (N, 1, 32, 32), clamped to [-1, 1], to uint8 (N, 32, 32): the same affine map for every image."""
-    return ((images.float().squeeze(1).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    """float (N, C, H, W), clamped to [-1, 1], to uint8 (N, C, H, W), or (N, H, W) where C is 1: the same affine map for
+    every image."""
+    images = images.squeeze(1) if images.shape[1] == 1 else images
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def _download_mnist(raw: Path) -> None:

@@ -21,7 +21,7 @@ def sample(
     device: torch.device | str = "cpu",
     on_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Images, float (N, 1, 32, 32), one for each stream of `noise`.
+    """Images, float (N, C, H, W), one for each stream of `noise`.
 
     sampler: "ddpm" (all T steps; `steps` must equal T), "ddim" (`steps` of 1..T, `eta` of 0..1) or "dpm++" (`steps` of
     1..T). Each step ends in `on_step()`.
@@ -30,14 +30,14 @@ def sample(
     timesteps = schedule.spaced_timesteps(steps)
     x = noise.draw(device).to(memory_format=torch.channels_last)
     for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
-        eps = network(x, torch.full((len(x),), t, device=x.device)).float()
+        output = network(x, torch.full((len(x),), t, device=x.device)).float()
         fresh = noise.draw(device) if stochastic and t_next >= 0 else torch.zeros_like(x)
         if sampler == "ddim":
-            x = schedule.ddim_step(x, eps, t, t_next, eta, fresh)
+            x = schedule.ddim_step(x, output, t, t_next, eta, fresh)
         elif sampler == "dpm++":
-            x0 = schedule.predict_x0(x, eps, t)
+            x0 = schedule.predict_x0(x, output, t)
             x, before = schedule.dpm_step(x, x0, before, t, t_next, fresh), (t, x0)
         else:
-            x = schedule.ddpm_step(x, eps, t, fresh)
+            x = schedule.ddpm_step(x, output, t, fresh)
         on_step()
     return x

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from common.ddpm.architecture import schedule_of
 from common.ddpm.digits import to_uint8
 from common.ddpm.noise import NoiseStreams
 from common.ddpm.samplers import Denoiser, sample
-from common.ddpm.schedule import Schedule
 from common.errors import UserError
 from common.runtime import distributed, sealed
 from common.runtime.device import autocast, cast_weights
@@ -76,7 +76,7 @@ def image_file(folder: Path, sampling: Sampling, weights: str) -> Path:
 
 
 def load_images(path: Path) -> torch.Tensor:
-    """uint8 (N, 32, 32)."""
+    """uint8 (N, H, W) or (N, C, H, W)."""
     return sealed.load(path, "images")[0]["images"]
 
 
@@ -90,7 +90,8 @@ def generate(
     prepare: Prepare = prepare_torch,
     on_time: Callable[[float], None] = lambda seconds: None,
 ) -> torch.Tensor:
-    """uint8 (N, 32, 32): images of `network` in evaluation mode, whose weights have the hash `weights`.
+    """uint8 (N, H, W), or (N, C, H, W) of more channels than one: images of `network` in evaluation mode, whose weights
+    have the hash `weights`.
 
     Finished batches are read back from `folder`; a file that is damaged or holds other images is named in a line and
     made anew. Several processes share the batches, and the folder. on_time(seconds) is called with the time of an image
@@ -98,28 +99,34 @@ def generate(
     """
     path = image_file(folder, sampling, weights)
     metadata = {"sampling": sampling.to_json(), "weights": weights, "torch": torch.__version__}
-    while missing := distributed.on_first(lambda: _join(path, metadata, sampling)):
+    shape = stored_shape(network.architecture.image_shape)
+    while missing := distributed.on_first(lambda: _join(path, metadata, sampling, shape)):
         starts = distributed.shard(missing)
         _sample_parts(network, metadata, sampling, device, path, starts, label, prepare, on_time)
         distributed.barrier()
     return load_images(path)
 
 
+def stored_shape(shape: tuple[int, int, int]) -> tuple[int, ...]:
+    """Of one image (C, H, W) as it is kept: without the channel where there is one alone."""
+    return shape[1:] if shape[0] == 1 else shape
+
+
 def _part_file(path: Path, start: int) -> Path:
     return path.with_suffix(".parts") / f"{start:07d}.safetensors"
 
 
-def _join(path: Path, metadata: dict, sampling: Sampling) -> list[int]:
+def _join(path: Path, metadata: dict, sampling: Sampling, shape: tuple[int, ...]) -> list[int]:
     """Makes the file of all images of its parts, unless it is there; returns the starts of the parts that are missing.
 
     Under a lock, so that no other script replaces or deletes what is being read.
     """
     with locked(path):
-        if _read(path, metadata, sampling.images) is None:
-            images, missing = torch.empty(sampling.images, 32, 32, dtype=torch.uint8), []
+        if _read(path, metadata, (sampling.images, *shape)) is None:
+            images, missing = torch.empty(sampling.images, *shape, dtype=torch.uint8), []
             for start in range(0, sampling.images, sampling.batch_size):
                 batch = images[start : start + sampling.batch_size]
-                part = _read(_part_file(path, start), metadata | {"start": start}, len(batch))
+                part = _read(_part_file(path, start), metadata | {"start": start}, tuple(batch.shape))
                 if part is None:
                     missing.append(start)
                 else:
@@ -131,18 +138,15 @@ def _join(path: Path, metadata: dict, sampling: Sampling) -> list[int]:
     return []
 
 
-def _read(path: Path, metadata: dict, n: int) -> torch.Tensor | None:
-    """The `n` images of a file whose metadata are those given; None where there are none.
+def _read(path: Path, metadata: dict, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """The images, of this shape together, of a file whose metadata are those given; None where there are none.
 
     A file that holds anything else is named in a line, and deleted.
     """
     try:
         tensors, found = sealed.load(path, "images")
         images = tensors.get("images", torch.empty(0))
-        if {"torch": torch.__version__} | found == metadata and (images.dtype, images.shape) == (
-            torch.uint8,
-            (n, 32, 32),
-        ):
+        if {"torch": torch.__version__} | found == metadata and (images.dtype, images.shape) == (torch.uint8, shape):
             return images
         problem = f"{path} does not hold the images that belong there"
     except FileNotFoundError:
@@ -168,7 +172,8 @@ def _sample_parts(
     """Samples the batches that begin at `starts` into their parts, but for those that another script has made."""
     if not starts:
         return
-    denoise, schedule = prepare(network, sampling, device), Schedule(network.config.timesteps)
+    schedule, shape = schedule_of(network.architecture), network.architecture.image_shape
+    denoise = prepare(network, sampling, device)
     whole, warm_up = min(sampling.batch_size, sampling.images), WARM_UP
     with tqdm(total=len(starts) * sampling.steps, desc=label, unit="step") as bar:
         for start in starts:
@@ -188,7 +193,7 @@ def _sample_parts(
             images = sample(
                 denoise,
                 schedule,
-                NoiseStreams(sampling.seed, indices),
+                NoiseStreams(sampling.seed, indices, shape),
                 sampling.sampler,
                 sampling.steps,
                 sampling.eta,

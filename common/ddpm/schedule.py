@@ -6,14 +6,25 @@ from torch import nn
 
 
 class Schedule:
-    """Linear beta from 1e-4 to 0.02 (Ho et al. 2020, section 4). Timesteps are 0..T-1; 0 holds the least noise.
+    """Timesteps are 0..T-1; 0 holds the least noise. By default linear beta from 1e-4 to 0.02 (Ho et al. 2020, section
+    4), and the network predicts the noise.
 
     device: where `add_noise` and `timesteps_at` are mostly called; elsewhere each call copies a table there.
+    betas: (T,) float64. prediction: what the network's output is, "epsilon" (the noise), "v_prediction" (Salimans and
+    Ho 2022, appendix D) or "sample" (x_0). clip: the largest magnitude of a predicted x_0; None: any.
     """
 
-    def __init__(self, timesteps: int = 1000, device: torch.device | str = "cpu"):
-        self.timesteps = timesteps
-        self.betas = np.linspace(1e-4, 0.02, timesteps)  # float64; the products below lose digits in float32
+    def __init__(
+        self,
+        timesteps: int = 1000,
+        device: torch.device | str = "cpu",
+        betas: np.ndarray | None = None,
+        prediction: str = "epsilon",
+        clip: float | None = 1.0,
+    ):
+        self.timesteps, self.prediction, self.clip = timesteps, prediction, clip
+        # float64; the products below lose digits in float32
+        self.betas = np.linspace(1e-4, 0.02, timesteps) if betas is None else betas
         self.alphas_cumprod = np.cumprod(1 - self.betas)
         self._abar = torch.from_numpy(self.alphas_cumprod).to(device)
         self._quantiles: dict[float, torch.Tensor] = {}
@@ -23,22 +34,37 @@ class Schedule:
         abar = self._abar.to(x0.device)[t].view(-1, *[1] * (x0.dim() - 1))
         return abar.sqrt().to(x0.dtype) * x0 + (1 - abar).sqrt().to(x0.dtype) * noise
 
-    def predict_x0(self, x: torch.Tensor, eps: torch.Tensor, t: int) -> torch.Tensor:
-        """x_0 that x_t and the predicted noise imply, clipped to the range of the data."""
-        abar = self.alphas_cumprod[t]
-        return ((x - float(np.sqrt(1 - abar)) * eps) / float(np.sqrt(abar))).clamp_(-1, 1)
+    def target(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """What the network should predict of x_t = add_noise(x0, t, noise)."""
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "sample":
+            return x0
+        abar = self._abar.to(x0.device)[t].view(-1, *[1] * (x0.dim() - 1))
+        return abar.sqrt().to(x0.dtype) * noise - (1 - abar).sqrt().to(x0.dtype) * x0
 
-    def ddpm_step(self, x: torch.Tensor, eps: torch.Tensor, t: int, noise: torch.Tensor) -> torch.Tensor:
+    def predict_x0(self, x: torch.Tensor, output: torch.Tensor, t: int) -> torch.Tensor:
+        """x_0 that x_t and the network's output imply, clipped to the range of the data."""
+        abar = self.alphas_cumprod[t]
+        if self.prediction == "epsilon":
+            x0 = (x - float(np.sqrt(1 - abar)) * output) / float(np.sqrt(abar))
+        elif self.prediction == "v_prediction":
+            x0 = float(np.sqrt(abar)) * x - float(np.sqrt(1 - abar)) * output
+        else:
+            x0 = output.clone()
+        return x0 if self.clip is None else x0.clamp_(-self.clip, self.clip)
+
+    def ddpm_step(self, x: torch.Tensor, output: torch.Tensor, t: int, noise: torch.Tensor) -> torch.Tensor:
         """x_{t-1} of the ancestral sampler with the posterior variance (Ho et al. 2020, eq. 7); no noise at t = 0."""
         abar, beta = self.alphas_cumprod[t], self.betas[t]
         abar_prev = self.alphas_cumprod[t - 1] if t > 0 else 1.0
         x0_weight = np.sqrt(abar_prev) * beta / (1 - abar)
         x_weight = np.sqrt(1 - beta) * (1 - abar_prev) / (1 - abar)
         sigma = np.sqrt(beta * (1 - abar_prev) / (1 - abar))
-        return float(x0_weight) * self.predict_x0(x, eps, t) + float(x_weight) * x + float(sigma) * noise
+        return float(x0_weight) * self.predict_x0(x, output, t) + float(x_weight) * x + float(sigma) * noise
 
     def ddim_step(
-        self, x: torch.Tensor, eps: torch.Tensor, t: int, t_next: int, eta: float, noise: torch.Tensor
+        self, x: torch.Tensor, output: torch.Tensor, t: int, t_next: int, eta: float, noise: torch.Tensor
     ) -> torch.Tensor:
         """x at the earlier timestep `t_next` (-1: the finished image; Song et al. 2021, eq. 12 and 16).
 
@@ -46,7 +72,7 @@ class Schedule:
         taken anew from the clipped x_0: with the predicted one some images drift to white.
         """
         abar, abar_next = self.alphas_cumprod[t], self.alphas_cumprod[t_next] if t_next >= 0 else 1.0
-        x0 = self.predict_x0(x, eps, t)
+        x0 = self.predict_x0(x, output, t)
         own_noise = (x - float(np.sqrt(abar)) * x0) / float(np.sqrt(1 - abar))
         variance = eta**2 * (1 - abar_next) / (1 - abar) * (1 - abar / abar_next)
         x_next = float(np.sqrt(abar_next)) * x0 + float(np.sqrt(1 - abar_next - variance)) * own_noise
@@ -82,16 +108,19 @@ class Schedule:
         )
 
     def _half_log_snr(self, t: int) -> float:
-        return 0.5 * np.log(self.alphas_cumprod[t] / (1 - self.alphas_cumprod[t]))
+        with np.errstate(divide="ignore"):  # minus infinity where a timestep holds noise alone, as it should be
+            return 0.5 * np.log(self.alphas_cumprod[t] / (1 - self.alphas_cumprod[t]))
 
     def image_weights(self, timesteps: list[int]) -> list[float]:
-        """How much a squared error of the predicted noise at each timestep weighs in the finished image.
+        """How much a squared error of the network's output at each timestep weighs in the finished image.
 
-        abar (1 - abar): an error e moves the predicted x_0 by s e, with s^2 = (1 - abar) / abar, and of that the later
-        steps keep the share of the signal in x_t, 1 / (1 + s^2) = abar in amplitude; s^2 abar^2 is the weight.
+        abar (1 - abar) of predicted noise: an error e moves the predicted x_0 by s e, with s^2 = (1 - abar) / abar, and
+        of that the later steps keep the share of the signal in x_t, 1 / (1 + s^2) = abar in amplitude; s^2 abar^2 is
+        the weight. Of a predicted v, s^2 is 1 - abar, and of a predicted x_0 it is 1.
         """
         abar = self.alphas_cumprod[timesteps]
-        return (abar * (1 - abar)).tolist()
+        moved = {"epsilon": 1 - abar, "v_prediction": abar * (1 - abar), "sample": abar}[self.prediction]
+        return (abar * moved).tolist()
 
     def timesteps_at(self, places: torch.Tensor, image_share: float = 1.0) -> torch.Tensor:
         """Quantiles of the timesteps, (N,) int64, at `places` (N,) of 0..1.
@@ -112,5 +141,7 @@ class Schedule:
 
 
 def denoising_loss(network: nn.Module, schedule: Schedule, x0, t, noise) -> torch.Tensor:
-    """(N,): mean squared error between the true and the predicted noise of each image (Ho et al. 2020, eq. 14)."""
-    return (network(schedule.add_noise(x0, t, noise), t) - noise).float().square().flatten(1).mean(1)
+    """(N,): mean squared error between what should be and what is predicted of each image; of a network that predicts
+    the noise eq. 14 of Ho et al. 2020."""
+    output = network(schedule.add_noise(x0, t, noise), t)
+    return (output - schedule.target(x0, t, noise)).float().square().flatten(1).mean(1)

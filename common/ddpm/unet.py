@@ -92,12 +92,13 @@ class UNet(nn.Module):
     """Predicts the noise in x_t.
 
     forward(x, t): x (N, 1, 32, 32) float, t (N,) int64 in 0..T-1, returns (N, 1, 32, 32).
-    `state_dict` holds the learned tensors alone; `config` rebuilds the rest.
+    `state_dict` holds the learned tensors alone; `config` rebuilds the rest, and is its `architecture` as well, the
+    name that networks of diffusers have for theirs.
     """
 
     def __init__(self, config: UNetConfig):
         super().__init__()
-        self.config = config
+        self.config = self.architecture = config
         channels = config.channels
         self.shallow_conv = nn.Conv2d(1, channels[0], 3, padding=1)
         for i, c in enumerate(channels, start=1):

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.ddpm.architecture import schedule_of
 from common.ddpm.samplers import Denoiser
 from common.ddpm.sampling import Prepare, Sampling
-from common.ddpm.schedule import Schedule
 from common.engines.calibration import kept_graph, noised_images
 from common.engines.costs import most_costly
 from common.engines.integers import restore_layers, stored_integers
@@ -68,8 +68,7 @@ class OpenVINO:
         return graph
 
     def _kept(self, network: nn.Module, weights: str, integers: dict[str, IntegerTensor], sampling: Sampling):
-        schedule = Schedule(network.config.timesteps)
-        calibration = noised_images(self.images, schedule, sampling.steps, self.name)
+        calibration = noised_images(self.images, schedule_of(network.architecture), sampling.steps, self.name)
         return kept_graph(self.folder, network, weights, integers, calibration)
 
 

@@ -1,5 +1,7 @@
 """A model: a network's weights as a file stores them, each in its format, and what sampling needs to know of them."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache, partial
@@ -7,9 +9,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from torch import nn
 
+from common.ddpm.architecture import Architecture, build, build_plain
 from common.ddpm.digits import DATA_RANGE
-from common.ddpm.unet import UNet, load_tensors
+from common.ddpm.pipelines import DiffusersConfig
+from common.ddpm.unet import load_tensors
 from common.formats import entropy
 from common.formats.numbers import (
     IntegerTensor,
@@ -48,7 +53,7 @@ class Model:
     """stored: packed tensors by name, scales of integers beside them as "name:scale"; formats: that of each tensor;
     about: label, preset, training and so on, as JSON holds it."""
 
-    config: UNetConfig
+    config: Architecture
     stored: dict[str, torch.Tensor]
     formats: dict[str, str]
     metadata: dict
@@ -65,8 +70,12 @@ class Model:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the weights as they are sampled from."""
-        return sealed.hash_tensors(self.state)
+        """Hash of the weights as they are sampled from; of a network of diffusers also of all that it computes and of
+        its noise, since the same weights may come with another scheduler."""
+        weights = sealed.hash_tensors(self.state)
+        if isinstance(self.config, UNetConfig):
+            return weights
+        return hashlib.sha256(json.dumps([weights, self.config.unet, self.config.noise]).encode()).hexdigest()
 
     @property
     def is_baseline(self) -> bool:
@@ -78,9 +87,9 @@ class Model:
         """Whether all tensors are coded together (`common.entropy`)."""
         return set(self.formats.values()) == {"entropy"}
 
-    def network(self) -> UNet:
+    def network(self) -> nn.Module:
         """The network with these weights, in evaluation mode."""
-        network = UNet(self.config)
+        network = build(self.config)
         load_tensors(network, self.state)
         return network.eval()
 
@@ -102,22 +111,22 @@ class Model:
         return Model(self.config, stored, formats, {**self.metadata, **metadata})
 
 
-def full_precision(config: UNetConfig, state: dict[str, torch.Tensor], metadata: dict) -> Model:
+def full_precision(config: Architecture, state: dict[str, torch.Tensor], metadata: dict) -> Model:
     """A model whose tensors are all stored as FP32."""
     stored = {name: tensor.detach().float().cpu() for name, tensor in state.items()}
     return Model(config, stored, dict.fromkeys(state, "fp32"), metadata)
 
 
 @lru_cache(maxsize=8)  # the network that is built takes longer than reading a file
-def tensor_shapes(config: UNetConfig) -> Mapping[str, tuple[torch.Size, int]]:
+def tensor_shapes(config: Architecture) -> Mapping[str, tuple[torch.Size, int]]:
     """{name: (shape, output-channel axis)} of the network's tensors; builds no weights."""
     with torch.device("meta"):
-        network = UNet(config)
+        network = build(config)
     axes = channel_axes(network)
     return MappingProxyType({name: (tensor.shape, axes[name]) for name, tensor in network.state_dict().items()})
 
 
-def size_mib(config: UNetConfig, formats: dict[str, str]) -> float:
+def size_mib(config: Architecture, formats: dict[str, str]) -> float:
     """MiB of a model from its shapes alone; tensors that `formats` does not name are FP32."""
     shapes = tensor_shapes(config)
     return sum(stored_bytes(s, stored_format(formats.get(n, "fp32"), s), axis) for n, (s, axis) in shapes.items()) / MIB
@@ -135,12 +144,28 @@ def file_bytes(model: Model) -> int:
 
 def _metadata(model: Model, sha256: str) -> dict:
     return {
-        "architecture": asdict(model.config),
+        "architecture": _described(model.config),
         "formats": "entropy" if model.is_entropy_coded else model.formats,  # names cost bytes
         "data_range": DATA_RANGE,
         "weights_sha256": sha256,
         "about": model.metadata,
     }
+
+
+def _described(config: Architecture) -> dict:
+    """What a file says of the network."""
+    if isinstance(config, UNetConfig):
+        return asdict(config)
+    return {"unet": config.unet, "scheduler": json.loads(config.scheduler_json), "pipeline": config.pipeline}
+
+
+def _config_of(described: dict) -> Architecture:
+    """What `_described` was given, checked. Raises ValueError."""
+    if "unet" in described:
+        sealed.require_metadata(described, {"unet": dict, "scheduler": dict, "pipeline": str})
+        return DiffusersConfig.of(**described)
+    sealed.require_metadata(described, _ARCHITECTURE)
+    return UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in described.items()})
 
 
 def load_model(path: str | Path) -> Model:
@@ -162,18 +187,26 @@ def load_model(path: str | Path) -> Model:
     return model
 
 
+def load_plain(path: str | Path) -> nn.Module:
+    """The network of a file as its own library has it: a UNet, or a UNet2DModel of diffusers. Raises as `load_model`
+    does."""
+    model = load_model(path)
+    network = build_plain(model.config)
+    load_tensors(network, model.state)
+    return network.eval()
+
+
 def _model_of(stored: dict[str, torch.Tensor], metadata: dict) -> Model:
     """The model that a file's tensors and metadata describe, none of it unpacked. Raises ValueError."""
     formats = metadata.get("formats")
     sealed.require_metadata(metadata, _HELD | {"formats": dict if formats != "entropy" else str})
-    sealed.require_metadata(metadata["architecture"], _ARCHITECTURE)
     about = metadata["about"]
     sealed.require_metadata(about, {"label": str} | {key: _ABOUT.get(key, type(about[key])) for key in about})
     if not about["label"].isprintable() or len(about["label"]) > 200:  # it stands in tables and names files
         raise ValueError("its label is not one short line")
     if metadata["data_range"] != list(DATA_RANGE):
         raise ValueError(f"its images are not of the range {DATA_RANGE}")
-    config = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in metadata["architecture"].items()})
+    config = _config_of(metadata["architecture"])
     shapes = tensor_shapes(config)
     if formats == "entropy":
         if (weights := sum(shape.numel() for shape, _ in shapes.values())) > MOST_CODED_WEIGHTS:

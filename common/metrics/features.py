@@ -11,10 +11,12 @@ from torch import nn
 
 from common.ddpm.digits import to_model_range
 from common.errors import UserError, one_line
+from common.metrics.random_features import RandomFeatures
 from common.runtime import distributed, sealed
 
 CLASSIFIER_FILE = Path(__file__).parents[2] / "checkpoints" / "features.safetensors"
 CLASSIFIER_SHA256 = "abcc2d222f6c21c5f551b2e2c2519179085815f17fc1863703819d058add19ad"
+INCEPTION_DIMENSIONS = 2048
 INCEPTION_SHA256_PREFIX = "6726825d"  # also the end of the file's name, as torch.hub expects it
 
 
@@ -56,7 +58,7 @@ class Inception(nn.Module):
     """pytorch-fid's Inception: 2,048 pooled features and 1,008 class probabilities, as published figures use them."""
 
     name = "inception"
-    dimensions = 2048
+    dimensions = INCEPTION_DIMENSIONS
 
     def __init__(self, network: nn.Module, class_weight: torch.Tensor):
         super().__init__()
@@ -64,19 +66,31 @@ class Inception(nn.Module):
         self.register_buffer("class_weight", class_weight)  # (1008, 2048); the score leaves the bias out
 
     def extract(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 (N, 32, 32) to features (N, 2048), float32, and class probabilities (N, 1008), float64, on the CPU."""
-        x = (images.to(self.class_weight.device).float() / 255).unsqueeze(1).expand(-1, 3, -1, -1)
+        """uint8 (N, H, W) or (N, 3, H, W) to features (N, 2048), float32, and class probabilities (N, 1008), float64,
+        on the CPU."""
+        x = images.to(self.class_weight.device).float() / 255
+        x = x.unsqueeze(1).expand(-1, 3, -1, -1) if x.dim() == 3 else x
         features = self.network(x)[0].flatten(1)  # resized to 299 and scaled to [-1, 1] inside
         return features.cpu(), (features @ self.class_weight.T).double().softmax(1).cpu()
 
 
-def load_features(metric: str, device: torch.device, inception_weights: Path | None = None) -> nn.Module:
-    """The feature network of `metric`, "mnist" or "inception", in evaluation mode.
+def load_features(
+    metric: str, device: torch.device, inception_weights: Path | None = None, channels: int = 1
+) -> nn.Module:
+    """The feature network of `metric`, "mnist", "inception" or "random", in evaluation mode, for images of so many
+    channels.
 
     It has `name`, `dimensions`, `extract`, and `sha256`, the hash of its weights. Raises UserError where the weights
     are missing, unreachable, altered or of the wrong shape.
     """
-    network = _load_classifier() if metric == "mnist" else _load_inception(inception_weights)
+    if metric == "inception" and channels not in (1, 3):
+        raise UserError(
+            f"--metric inception: takes 1 or 3 channels, and the model makes {channels}; use --metric random"
+        )
+    if metric == "random":
+        network = RandomFeatures(channels)
+    else:
+        network = _load_classifier() if metric == "mnist" else _load_inception(inception_weights)
     return network.to(device).eval().requires_grad_(False)
 
 
@@ -135,8 +149,15 @@ def _load_inception(weights: Path | None) -> Inception:
     return result
 
 
+def inception_file() -> Path:
+    """Where torch.hub keeps the weights of pytorch-fid's Inception once they are downloaded."""
+    from pytorch_fid.inception import FID_WEIGHTS_URL
+
+    return Path(torch.hub.get_dir()) / "checkpoints" / FID_WEIGHTS_URL.rsplit("/", 1)[1]
+
+
 def _download_inception(url: str) -> Path:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    path = inception_file()
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,12 +26,12 @@ KID_REFERENCE = 5_000  # digits at most; the kernel's cost grows with the square
 @dataclass(frozen=True)
 class Scores:
     """Of images of one draw, or of several together. fid: of as many images as a draw has; fid_unbiased: as of
-    infinitely many."""
+    infinitely many; inception_score: of features that know classes alone."""
 
     fid: Estimate
     fid_unbiased: Estimate
     kid: Estimate
-    inception_score: Estimate
+    inception_score: Estimate | None
 
 
 def kid(features: np.ndarray, reference: Reference) -> Estimate:
@@ -52,7 +52,7 @@ def inception_score(probabilities: np.ndarray) -> Estimate:
 
 
 def squared_errors(images: torch.Tensor, baseline: torch.Tensor) -> np.ndarray:
-    """(N,): the mean squared error over the pixels of each of uint8 (N, 32, 32) to the image of the same noise."""
+    """(N,): the mean squared error over the pixels of each of uint8 (N, ...) to the image of the same noise."""
     return np.concatenate(
         [
             (a.double() - b.double()).square().flatten(1).mean(1)
@@ -83,19 +83,19 @@ def _kernel_sums(a: np.ndarray, b: np.ndarray, pairs_of_itself: bool = False) ->
     return sums
 
 
-def extract(images: torch.Tensor, network: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, D), float32, and class probabilities (N, K) of uint8 images (N, 32, 32); several processes share
-    the work."""
-    chunk = CHUNK if network.name == "mnist" else 50
+def extract(images: torch.Tensor, network: nn.Module) -> tuple[np.ndarray, np.ndarray | None]:
+    """Features (N, D), float32, and class probabilities (N, K), where the features know any, of uint8 images (N, H, W)
+    or (N, C, H, W); several processes share the work."""
+    chunk = 50 if network.name == "inception" else max(1, CHUNK * 32 * 32 // images[0].numel())
     parts, results = images.split(chunk), []
     with torch.inference_mode():
         mine = distributed.shard(parts)
         for part in tqdm(
             mine, desc="features", unit="batch", disable=len(images) < 20 * chunk or distributed.rank() > 0
         ):
-            results.append(tuple(result.numpy() for result in network.extract(part)))
+            results.append(tuple(None if result is None else result.numpy() for result in network.extract(part)))
     features, probabilities = zip(*distributed.gather(results, len(parts)), strict=True)
-    return np.concatenate(features), np.concatenate(probabilities)
+    return np.concatenate(features), None if probabilities[0] is None else np.concatenate(probabilities)
 
 
 def require_enough(images: int, network: nn.Module) -> None:
@@ -109,7 +109,8 @@ def require_enough(images: int, network: nn.Module) -> None:
 
 
 def load_reference(digits: torch.Tensor, network: nn.Module, cache: Path | None) -> Reference:
-    """Statistics of uint8 digits (N, 32, 32), kept in the folder `cache` under everything that they depend on.
+    """Statistics of uint8 digits (N, H, W) or (N, C, H, W), kept in the folder `cache` under everything that they
+    depend on.
 
     A kept file that is damaged, or that does not hold what it should, is made anew, and a line on stderr says so.
     """
@@ -157,20 +158,22 @@ def make_reference(features: np.ndarray) -> Reference:
 
 
 def score(images: torch.Tensor, network: nn.Module, reference: Reference) -> Scores:
-    """FID, KID and score of uint8 images (N, 32, 32)."""
+    """FID, KID and score of uint8 images (N, H, W) or (N, C, H, W)."""
     require_enough(len(images), network)
     features, probabilities = extract(images, network)
     return Scores(
         fid(features, reference),
         fid_unbiased(features, reference),
         kid(features, reference),
-        inception_score(probabilities),
+        None if probabilities is None else inception_score(probabilities),
     )
 
 
 def pool_scores(draws: Sequence[Scores]) -> Scores:
     """The mean over draws of equally many images."""
-    return Scores(*(pool([getattr(draw, field.name) for draw in draws]) for field in fields(Scores)))
+    known = [field.name for field in fields(Scores) if getattr(draws[0], field.name) is not None]
+    pooled = {name: pool([getattr(draw, name) for draw in draws]) for name in known}
+    return Scores(**(dict.fromkeys(field.name for field in fields(Scores)) | pooled))
 
 
 def describe(network: nn.Module) -> str:

@@ -4,9 +4,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from common.ddpm.digits import load_digits
+from common.ddpm.pipelines import DiffusersConfig
 from common.errors import UserError
+from common.formats.diffusers_folder import read_folder
 from common.formats.packed import Model, load_model, size_mib
+from common.runtime import distributed
 from common.runtime.sealed import CheckpointError
 from common.study.run import (
     Run,
@@ -26,22 +28,31 @@ def load_baseline(run: Run) -> Model:
     """The FP32 model of --checkpoint. Raises UserError where it is missing, quantized or of another architecture."""
     model = load_checkpoint(run)
     if not model.is_baseline:
+        other = f"an FP32 baseline to start from, such as {preset_checkpoint(run.preset_name)}"
         raise UserError(
-            f"--checkpoint {run.checkpoint} is quantized already; name an FP32 baseline to start from, such as "
-            f"{preset_checkpoint(run.preset_name)}"
+            f"--checkpoint {run.checkpoint} is quantized already; "
+            + (f"name {other}" if run.is_own else "leave it out, and give --model, the folder that it came from")
         )
     return model
 
 
 def load_checkpoint(run: Run) -> Model:
-    """The model of --checkpoint, of the preset's architecture. Raises UserError."""
+    """The model of --model or --checkpoint, of the preset's architecture. Raises UserError."""
+    if run.checkpoint == run.model:
+        return distributed.on_first(lambda: read_folder(run.model, run.preset_name))
     if not is_there(run.checkpoint):
         raise UserError(
             f"--checkpoint {run.checkpoint}: no such file; make the baseline with: "
             f"python simplediffusion.py --preset {run.preset_name}"
         )
     model = read_checkpoint(run.checkpoint)
-    expected = replace(run.preset.network, dropout=model.config.dropout)
+    if not run.is_own:
+        if model.config != run.preset.network:
+            raise CheckpointError(f"--checkpoint {run.checkpoint} is of another network than --model {run.model}")
+        return model
+    expected = replace(run.preset.network, dropout=getattr(model.config, "dropout", 0.0))
+    if isinstance(model.config, DiffusersConfig):
+        raise CheckpointError(f"--checkpoint {run.checkpoint} came from a --model of diffusers; leave --preset out")
     if model.config != expected:
         raise CheckpointError(
             f"--checkpoint {run.checkpoint} has another architecture, channels {model.config.channels}, than preset "
@@ -66,9 +77,11 @@ def is_there(path: Path) -> bool:
 def original_of(run: Run, model: Model, named: Path | None) -> tuple[Model | None, Path]:
     """The baseline that a packed model came from, and its file: `named` (--baseline), or else the preset's checkpoint
     where it is that; none, and a line that says so, where it is not. Raises UserError where `named` is another."""
-    path = named or preset_checkpoint(run.preset_name)
-    if named or path.exists():
-        baseline = read_checkpoint(path, "--baseline")
+    if named and not run.is_own:
+        raise UserError(f"--baseline {named}: of models of diffusers --model DIR names the baseline")
+    path = named or run.model or preset_checkpoint(run.preset_name)
+    if named or (run.is_own and path.exists()) or run.model:
+        baseline = read_folder(path, run.preset_name) if run.model else read_checkpoint(path, "--baseline")
         if baseline.sha256 == model.metadata.get("baseline"):
             return baseline, path
     wanted = str(model.metadata.get("baseline"))[:8]
@@ -77,10 +90,12 @@ def original_of(run: Run, model: Model, named: Path | None) -> tuple[Model | Non
             f"--baseline {named}: its weights are {baseline.sha256[:8]}, and {run.checkpoint} came from {wanted}; "
             "name the file that it was made of"
         )
-    print(
-        f"{path} is not the baseline of {run.checkpoint} ({wanted}): no differences to it are given; "
-        "--baseline FILE names another"
-    )
+    if run.is_own:
+        said, remedy = f"{path} is not the baseline of {run.checkpoint}", "--baseline FILE names another"
+    else:
+        said = f"the baseline of {run.checkpoint} is not given" if run.model is None else f"{path} is another"
+        remedy = "--model DIR names it"
+    print(f"{said} ({wanted}): no differences to it are given; {remedy}")
     return None, path
 
 
@@ -116,7 +131,7 @@ def check_training(run: Run, named: bool) -> None:
 
 def train(run: Run, keep_every: int | None) -> Model:
     """Trains, or continues training, the preset's network; writes it to --checkpoint and returns it."""
-    digits = load_digits(run.data, "train", run.data_dir)
+    digits = run.load_images("train")
     print(cost_estimate(run))
     return train_baseline(
         run.preset.network, run.training, digits, run.checkpoint, run.device, training_precision(run.device),

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from common.choose import allocation
 from common.choose.allocation import BudgetError
 from common.choose.controls import generator_of, like_tensors, permute
-from common.ddpm.schedule import Schedule
+from common.ddpm.architecture import schedule_of
 from common.errors import UserError
 from common.formats.packed import MIB, Model, file_bytes, load_model, save_model
 from common.options import number
@@ -211,7 +211,7 @@ def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: in
     kept_path = run.out / "finetuned" / f"{key[:16]}-{limit}.safetensors"
     kept = distributed.on_first(lambda: _kept_result(kept_path, metadata))
     if kept is None:
-        schedule = Schedule(baseline.config.timesteps, run.device)
+        schedule = schedule_of(baseline.config, run.device)
         draw = sampler_of_digits(training_digits(run), schedule, seed)
         network = baseline.network().to(run.device, memory_format=torch.channels_last)
         weights = finetune(network, model.state, steps, draw, schedule, updates, precision, state_path)

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from common.choose.feedback import Feedback, measure_feedback
-from common.ddpm.digits import load_digits, to_model_range
+from common.ddpm.architecture import schedule_of
+from common.ddpm.digits import to_model_range
 from common.ddpm.noise import NoiseStreams
 from common.ddpm.schedule import Schedule, denoising_loss
 from common.fisher import information
@@ -71,7 +72,7 @@ def _table(
     prepare: Callable[[tuple[torch.Tensor, ...], int], tuple[torch.Tensor, ...]],
 ) -> information.FisherTable:
     """prepare(samples, timestep): what the loss takes of what `noised` gives."""
-    schedule, preset = Schedule(model.config.timesteps, run.device), run.preset
+    schedule, preset = schedule_of(model.config, run.device), run.preset
     grid = [int((i + 0.5) * schedule.timesteps / FISHER_GRID) for i in range(FISHER_GRID)]
     settings = {
         "data": run.data,
@@ -84,7 +85,7 @@ def _table(
     kept = distributed.on_first(lambda: _kept_table(path, model, settings, kind))
     if kept is not None:
         return kept
-    digits = load_digits(run.data, "train", run.data_dir)
+    digits = run.load_images("train")
     counts = {1: preset.fisher_digits} | dict.fromkeys(grid, preset.fisher_grid_digits)
     batches = {t: prepare(noised(run, digits, [t] * count), t) for t, count in counts.items()}
     network = model.network().to(run.device)
@@ -115,24 +116,25 @@ def rounding_feedback(run: Run, model: Model) -> dict[str, Feedback]:
 
     Timesteps lie as densely as they weigh in the finished image.
     """
-    schedule, n = Schedule(model.config.timesteps, run.device), run.preset.fisher_digits
+    schedule, n = schedule_of(model.config, run.device), run.preset.fisher_digits
     timesteps = schedule.timesteps_at((torch.arange(n) + 0.5) / n)
     network = model.network().to(run.device)
-    samples = noised(run, load_digits(run.data, "train", run.data_dir), timesteps.tolist())
+    samples = noised(run, run.load_images("train"), timesteps.tolist())
     return measure_feedback(network, diffusion_loss(schedule), samples)
 
 
 def training_digits(run: Run) -> torch.Tensor:
-    """The digits that --data trains on, (N, 1, 32, 32) in [-1, 1], on the device."""
-    return to_model_range(load_digits(run.data, "train", run.data_dir)).to(run.device)
+    """The digits that --data trains on, (N, C, H, W) in [-1, 1], on the device."""
+    return to_model_range(run.load_images("train")).to(run.device)
 
 
 def noised(run: Run, digits: torch.Tensor, timesteps: list[int]) -> tuple[torch.Tensor, ...]:
     """What `diffusion_loss` takes: some of `digits` (uint8), always the same, timesteps (N,), and noise."""
     generator = torch.Generator().manual_seed(derive_seed(FISHER_SEED, "fisher"))
     chosen, n = torch.randperm(len(digits), generator=generator), len(timesteps)
-    noise = NoiseStreams(derive_seed(FISHER_SEED, "fisher", timesteps[0]), range(n)).draw(run.device)
-    return to_model_range(digits[chosen[:n]]).to(run.device), torch.tensor(timesteps, device=run.device), noise
+    x0, seed = to_model_range(digits[chosen[:n]]).to(run.device), derive_seed(FISHER_SEED, "fisher", timesteps[0])
+    noise = NoiseStreams(seed, range(n), x0.shape[1:]).draw(run.device)
+    return x0, torch.tensor(timesteps, device=run.device), noise
 
 
 def diffusion_loss(schedule: Schedule) -> SampleLoss:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.choose.layers import layer_of, layer_weights
-from common.ddpm.digits import load_digits, to_model_range
+from common.choose.layers import layer_of, layer_weights, layers_in_order
+from common.ddpm.digits import to_model_range
 from common.ddpm.sampling import Sampling, generate, image_file, load_images, prepare_torch
 from common.engines.engine import OpenVINO, engine_name
 from common.engines.integers import decoding_note, stored_integers
@@ -28,6 +28,7 @@ from common.metrics.scores import (
     score,
     squared_errors,
 )
+from common.presets import UNetConfig
 from common.runtime.device import derive_seed
 from common.study.rows import BASELINE, REAL, Figure, Row, Settings, checked
 from common.study.run import Run
@@ -88,16 +89,16 @@ class Evaluator:
         return Measured(weights, tuple(files), pool_scores(draws), 1000 * median(times) if times else None)
 
     def score(self, images: torch.Tensor) -> Scores:
-        """FID, KID and score of uint8 images (N, 32, 32)."""
+        """FID, KID and score of uint8 images, as `generate` gives them."""
         return score(images, self.features, self.reference)
 
 
 def make_evaluator(run: Run) -> Evaluator:
     """The feature network and the statistics of the training digits. Raises UserError for too few images."""
-    features = load_features(run.metric, run.device, run.inception_weights)
+    channels = run.preset.network.image_shape[0]
+    features = load_features(run.metric, run.device, run.inception_weights, channels)
     require_enough(run.sampling.images, features)
-    digits = load_digits(run.data, "train", run.data_dir)
-    reference = load_reference(digits, features, run.out / "reference")
+    reference = load_reference(run.load_images("train"), features, run.out / "reference")
     evaluator = Evaluator(run.sampling, run.seeds, run.device, run.out / "images", features, reference)
     return evaluator if run.sampling.engine == "torch" else with_engine(run, evaluator, run.sampling.precision)
 
@@ -105,7 +106,7 @@ def make_evaluator(run: Run) -> Evaluator:
 def with_engine(run: Run, evaluator: Evaluator, precision: str) -> Evaluator:
     """The same evaluator, which samples by OpenVINO. Raises UserError where a package is missing."""
     sampling = replace(evaluator.sampling, precision=precision, engine=engine_name("openvino", precision, run.data))
-    images = to_model_range(load_digits(run.data, "train", run.data_dir))
+    images = to_model_range(run.load_images("train"))
     return replace(evaluator, sampling=sampling, engine=OpenVINO(images, run.data, run.out / "models"))
 
 
@@ -125,21 +126,23 @@ def settings_of(run: Run, evaluator: Evaluator, baseline: str | None) -> Setting
 def real_rows(run: Run, evaluator: Evaluator, baseline: str | None) -> list[Row]:
     """The row of as many real test digits as there are images: what a perfect model would score with as many. None, and
     a line that says so, where there are too few digits for it."""
-    test = load_digits(run.data, "test", run.data_dir)
+    test, called = run.load_images("test"), "test digits" if run.images is None else "held-out images"
     generator = torch.Generator().manual_seed(derive_seed(run.sampling.seed, "test digits"))
     digits = test[torch.randperm(len(test), generator=generator)[: run.sampling.images]]
     if len(digits) <= evaluator.features.dimensions:
-        print(f"{len(digits)} test digits in {run.data} are too few for a row of real digits: --data mnist")
+        instead = ": --data mnist" if run.images is None else ""
+        print(f"{len(digits)} {called} in {run.data} are too few for a row of real {called.split()[1]}{instead}")
         return []
     settings = settings_of(run, evaluator, baseline)
-    return [Row(f"{REAL} ({len(digits)})", settings, **figures(evaluator.score(digits)), strategy=REAL)]
+    return [Row(f"Real {called} ({len(digits)})", settings, **figures(evaluator.score(digits)), strategy=REAL)]
 
 
 def baseline_row(settings: Settings, baseline: Model, measured: Measured, path: Path) -> Row:
     """The row of the baseline, whose file is at `path`."""
+    own = isinstance(baseline.config, UNetConfig)
     return model_row(
-        settings, baseline, measured, None, path, file_mib=None, published=PUBLISHED_BASELINE,
-        digits_seen=baseline.metadata["digits_seen"],
+        settings, baseline, measured, None, path, file_mib=None, published=PUBLISHED_BASELINE if own else None,
+        digits_seen=baseline.metadata.get("digits_seen"),
     )  # fmt: skip
 
 
@@ -197,7 +200,7 @@ def measured_row(settings: Settings, label: str, measured: Measured, baseline: M
 
 def figures(scores: Scores) -> dict[str, Figure]:
     """{field of a row: value and error}."""
-    return {key: Figure(estimate.value, estimate.error) for key, estimate in vars(scores).items()}
+    return {key: estimate and Figure(estimate.value, estimate.error) for key, estimate in vars(scores).items()}
 
 
 def differences(measured: Measured, baseline: Measured) -> dict[str, Figure]:
@@ -212,9 +215,10 @@ def differences(measured: Measured, baseline: Measured) -> dict[str, Figure]:
 
 
 def kept_by_layer(model: Model) -> dict[str, list[str]]:
-    """The weights of layers 1 to 6 that stay FP32, by layer."""
-    kept: dict[str, list[str]] = {f"layer{i}": [] for i in range(1, 7)}
-    for name in layer_weights(model.state):
+    """The weights of the layers that stay FP32, by layer, in the order of the forward pass."""
+    names = layer_weights(model.formats)
+    kept: dict[str, list[str]] = {layer: [] for layer in layers_in_order(names)}
+    for name in names:
         if model.formats[name] == "fp32":
-            kept[layer_of(name)].append(name.split(".", 1)[1].removesuffix(".weight"))
+            kept[layer_of(name)].append(name.removeprefix(f"{layer_of(name)}.").removesuffix(".weight"))
     return kept

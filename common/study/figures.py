@@ -76,12 +76,17 @@ def draw_all(folder: Path, groups: list[list[Row]], only: str = "") -> list[Path
     return list(drawn)
 
 
+def as_picture(image: torch.Tensor) -> np.ndarray:
+    """An image (H, W) or (C, H, W), as matplotlib and Pillow take it."""
+    return (image if image.dim() == 2 else image.permute(1, 2, 0)).numpy()
+
+
 def draw_samples(rows: list[Row]):
     """The first images of each model; one column, one noise."""
     shown = [(r.label, load_images(Path(r.image_file))) for r in rows if r.image_file and Path(r.image_file).is_file()]
     if not shown:
         return None
-    strips = [(label, torch.cat(list(images[:SHOWN_IMAGES]), dim=1).numpy()) for label, images in shown]
+    strips = [(label, as_picture(torch.cat(list(images[:SHOWN_IMAGES]), dim=-1))) for label, images in shown]
     figure, axes = plt.subplots(len(strips), 1, figsize=(9, 0.8 * len(strips)), squeeze=False)
     for axis, (label, strip) in zip(axes[:, 0], strips, strict=True):
         axis.imshow(strip, cmap="gray", vmin=0, vmax=255)

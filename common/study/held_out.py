@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.ddpm.digits import load_digits, to_model_range
+from common.ddpm.architecture import schedule_of
+from common.ddpm.digits import to_model_range
 from common.ddpm.noise import NoiseStreams
 from common.ddpm.schedule import Schedule, denoising_loss
 from common.formats.packed import Model
@@ -37,7 +38,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Digits x0 (N, 1, 32, 32), their timesteps (N,) and noise, the same for all models; before (N,): the loss of each
+    """Digits x0 (N, C, H, W), their timesteps (N,) and noise, the same for all models; before (N,): the loss of each
     with the baseline."""
 
     schedule: Schedule
@@ -69,12 +70,15 @@ def digit_losses(network, schedule, x0: torch.Tensor, t: torch.Tensor, noise: to
 
 def held_out(run: Run, baseline: Model, number: int = DIGITS) -> HeldOut:
     """So many test digits, or all where there are fewer, at timesteps spread evenly."""
-    digits = load_digits(run.data, "test", run.data_dir)
+    digits = run.load_images("test")
     seed, timesteps = derive_seed(run.sampling.seed, "sensitivity"), baseline.config.timesteps
     chosen = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))[:number]
     x0, n = to_model_range(digits[chosen]).to(run.device), len(chosen)
     t = ((torch.arange(n, device=run.device) + 0.5) * timesteps / n).long()
-    noise, schedule = NoiseStreams(seed, range(n)).draw(run.device), Schedule(timesteps, run.device)
+    noise, schedule = (
+        NoiseStreams(seed, range(n), x0.shape[1:]).draw(run.device),
+        schedule_of(baseline.config, run.device),
+    )
     before = distributed.on_first(lambda: digit_losses(baseline.network().to(run.device), schedule, x0, t, noise))
     return HeldOut(schedule, x0, t, noise, before)
 

@@ -12,6 +12,7 @@ from scipy import stats
 from common.errors import UserError
 from common.presets import FORMATS
 from common.runtime.sealed import shorten
+from common.study.rows import kind_of
 
 FILE = "sensitivity.jsonl"  # in --out
 BOOTSTRAP = 2_000
@@ -155,9 +156,9 @@ def read_increases(path: Path) -> tuple[str, list[Increases]]:
         if len({tuple(map(tuple, (m.names, m.fisher, m.gauss_newton, m.layers))) for m in measured}) > 1:
             raise ValueError("its lines are of different measurements")
         title = (
-            "Preset {preset}, baseline {baseline:.8}; {digits} held-out digits of {data}, timesteps spread evenly, "
-            "seed {seed}; each of {tensors} weights of layers 1 to 6 quantized alone; errors: 1 standard error"
-        ).format(**header, tensors=len(measured[0].names))
+            "{kind} {preset}, baseline {baseline:.8}; {digits} held-out digits of {data}, timesteps spread evenly, "
+            "seed {seed}; each of {tensors} weights of the layers quantized alone; errors: 1 standard error"
+        ).format(**header, kind=kind_of(str(header["preset"])), tensors=len(measured[0].names))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); python -m common sensitivity makes it") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

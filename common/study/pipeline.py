@@ -17,7 +17,6 @@ from common.choose.controls import (
 )
 from common.choose.fixed_rounding import FixedRounding
 from common.choose.layers import layer_weights
-from common.ddpm.digits import load_digits
 from common.errors import UserError
 from common.formats.numbers import stored_bytes, stored_format
 from common.formats.packed import MIB, Model, save_model, size_mib, tensor_shapes
@@ -69,7 +68,7 @@ def quantized_metadata(
         "format": run.fmt,
         "baseline": baseline.sha256,
         **({"weighting": run.timestep_weighting} | curvature_metadata(run) if setting else {}),
-        **({"published": published} if published and run.fmt == "fp16" else {}),
+        **({"published": published} if published and run.fmt == "fp16" and run.is_own else {}),
         **more,
     }
 
@@ -166,7 +165,15 @@ def run_models(options: argparse.Namespace, build: Callable[[Run, Evaluator, Mod
     evaluator = make_evaluator(run)
     built = build(run, evaluator, baseline)
     models = itertools.chain([uniform(run, baseline)], built)
+    if not run.is_own:
+        models = judged(held_out(run, baseline), models)
     print_rows(run, measure_models(run, evaluator, baseline.sha256, baseline, run.checkpoint, models))
+
+
+def judged(digits: HeldOut, models: Iterable[Model | Judged]) -> Iterator[Judged]:
+    """The models, with the increase of the loss on held-out images of those that have none yet."""
+    for made in models:
+        yield made if isinstance(made, Judged) else Judged(made, digits.increase(made))
 
 
 def measure_models(
@@ -209,7 +216,8 @@ def print_rows(run: Run, rows: list[Row]) -> None:
     print(format_table(rows))
     print("\n".join(filter(None, [format_nearest(rows), format_losses(rows), format_kept(rows)])))
     print(f"rows: {run.results.path}; packed models: {run.out / 'models'}/")
-    print(f"all rows and figures: python -m common report --preset {run.preset_name} --out {run.out}")
+    which = f"--preset {run.preset_name} " if run.is_own else ""
+    print(f"all rows and figures: python -m common report {which}--out {run.out}")
 
 
 def packed_file(out: Path, model: Model) -> Path:
@@ -217,6 +225,16 @@ def packed_file(out: Path, model: Model) -> Path:
     label = re.sub(r"(?<= )-(?=[.\d])", "minus ", model.metadata["label"].lower())
     slug = re.sub(r"[^a-z0-9.]+", "-", label).strip("-")
     return out / "models" / f"{slug}-{model.sha256[:8]}.safetensors"
+
+
+def _refuse_training(retrain: bool, changed: dict[str, int], keep_every: int | None) -> None:
+    """Raises UserError where an option of training was given with a model of diffusers."""
+    given = {"--retrain": retrain, "--keep-every": keep_every} | {
+        f"--training-{name}": v for name, v in changed.items()
+    }
+    for option, value in given.items():
+        if value:
+            raise UserError(f"{option}: is not needed with --model, which is trained already; leave it out")
 
 
 def run_baseline(
@@ -232,6 +250,8 @@ def run_baseline(
     run = start(options)
     run = replace(run, training=replace(run.training, **changed))
     named = options.checkpoint is not None
+    if not run.is_own:
+        _refuse_training(retrain, changed, keep_every)
     there = distributed.on_first(lambda: baselines.is_there(run.checkpoint))
     if not there and named and not retrain:
         baselines.load_checkpoint(run)  # raises: a file that was named is not made by guessing
@@ -257,13 +277,17 @@ def run_baseline(
         print_rows(run, measure_models(run, make_evaluator(run), origin, baseline, path, [model]))
         return
     if not trains:
-        print(f"found trained: {run.checkpoint} ({model.metadata['digits_seen']:,} digits seen); --retrain trains anew")
+        if run.is_own:
+            seen = f"{model.metadata['digits_seen']:,} digits seen"
+            print(f"found trained: {run.checkpoint} ({seen}); --retrain trains anew")
         evaluator = make_evaluator(run)
     print(format_tensors(model, fisher_table(run, model)))
     models = [uniform(run, model, options.rounding)]
+    if not run.is_own:
+        models = judged(held_out(run, model), models)
     rows = measure_models(run, evaluator, model.sha256, model, run.checkpoint, models)
     if model.metadata.get("training", {}).get("data") == run.data:
-        training, test = (load_digits(run.data, part, run.data_dir) for part in ("train", "test"))
+        training, test = (run.load_images(part) for part in ("train", "test"))
         rows = compared_with_training(rows, training, test, run.device)
         if distributed.rank() == 0:
             run.results.add(rows)

@@ -1,54 +1,74 @@
 """Tables of rows: those of one run, and all that results.jsonl holds.
 
-python -m common report --preset quick                # prints every row, draws the figures into results/quick/figures/
+python -m common report --preset quick                # prints every row, draws figures/, and writes report.html
 python -m common report --preset quick --markdown     # prints the tables as Markdown
 python -m common report --preset quick --frontier     # draws FID and PSNR against the size of the file, nothing else
 python -m common report --preset quick --sensitivity  # the tables and the figure of python -m common sensitivity
+python -m common report --model DIR                   # the rows of a model of diffusers
 """
 
 from dataclasses import asdict
 from pathlib import Path
 
+from common.choose.layers import layer_weights
 from common.errors import UserError
-from common.options import Parser, file_name
+from common.options import DIGITS, Parser, file_name
 from common.presets import PRESETS
+from common.study.columns import MAIN, MORE, cells, filled
 from common.study.memorised import format_nearest
-from common.study.rows import BASELINE, Figure, ResultStore, Row, group_rows
+from common.study.rows import BASELINE, ResultStore, Row, group_rows, kind_of
 
-COLUMNS = [
-    "Model", "unbiased FID", "- FP32", "KID - FP32", "KID x1000", "FID at N", "- FP32", "Score", "PSNR dB", "MiB",
-    "smaller", "file MiB", "published FID, MiB",
-]  # fmt: skip
 FOOT = (
-    "unbiased FID: as of infinitely many images, below 0 by chance alone; FID at N: of these images, mostly bias, "
-    "compares only with as many; - FP32: paired, on the same noise (of KID x1000)"
+    "unbiased FID: as of infinitely many images, below 0 by chance alone; - FP32: what quantization adds, on the same "
+    "noise (KID x1000)"
+)
+MORE_FOOT = "FID at N: of these images, mostly bias, compares only with as many"
+
+FOOT_OF_RANDOM = (
+    "random features: of a fixed convolutional network that was never trained, so no Score; they order models "
+    "of digits nearly as trained features do (docs/your-own-model.md)"
 )
 
 
 def format_table(rows: list[Row]) -> str:
     """Rows of the same settings as text, under a header that names the features, the data and the sampling."""
-    table = [COLUMNS] + [_cells(row, rows) for row in rows]
+    return "\n".join([f"\n{describe(rows[0])}", *_lines(rows, MAIN), FOOT, *feet_of_features(rows[0])])
+
+
+def format_more(rows: list[Row]) -> str:
+    """A second table of the same rows, with the columns that the first has no room for."""
+    columns = filled(MORE, rows)
+    feet = [MORE_FOOT]
+    if "published FID / MiB" in columns:
+        feet.append(
+            "published: with Inception features, of the unquantized weights (docs/differences.md); compares with no "
+            "column here"
+        )
+    return "\n".join(["", *_lines(rows, columns), *feet])
+
+
+def _lines(rows: list[Row], columns: tuple[str, ...] | list[str]) -> list[str]:
+    table = [["Model", *columns]] + [[row.label, *cells(row, columns, rows)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
         for line in table
     ]
-    foot = f"\n{FOOT}"
-    if any(row.published for row in rows):
-        foot += (
-            "\npublished: at the paper size, Inception features; its FIDs are of the unquantized weights "
-            "(docs/differences.md) and compare with no column here"
-        )
-    return f"\n{describe(rows[0])}\n" + "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]) + foot
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def format_markdown(rows: list[Row]) -> str:
-    """The table as Markdown, without the published column where it is empty."""
-    table = [COLUMNS] + [_cells(row, rows) for row in rows]
-    if not any(row.published for row in rows):
-        table = [line[:-1] for line in table]
+    """All columns that say something, as Markdown."""
+    columns = filled((*MAIN, *MORE), rows)
+    table = [["Model", *columns]] + [[row.label, *cells(row, columns, rows)] for row in rows]
     lines = ["| " + " | ".join(line) + " |" for line in table]
-    return "\n".join([f"\n{describe(rows[0])}", "", lines[0], "|" + "---|" * len(table[0]), *lines[1:], "", FOOT])
+    feet = [FOOT, MORE_FOOT, *feet_of_features(rows[0])]
+    return "\n".join([f"\n{describe(rows[0])}", "", lines[0], "|" + "---|" * len(table[0]), *lines[1:], "", *feet])
+
+
+def feet_of_features(row: Row) -> list[str]:
+    """What a foot adds where the features are those of random weights."""
+    return [FOOT_OF_RANDOM] if row.settings.metric.startswith("random ") else []
 
 
 def describe(row: Row) -> str:
@@ -56,50 +76,30 @@ def describe(row: Row) -> str:
     seeds = "seed {seed}" if row.settings.seeds == 1 else "each of {seeds} seeds from {seed}"
     engine = "" if row.settings.engine == "torch" else " by {engine}"
     return (
-        "Preset {preset}, baseline {baseline:.8}; {metric}; reference: {data} training digits; {images} images, "
+        "{kind} {preset}, baseline {baseline:.8}; {metric}; reference: {data} training {real}; {images} images, "
         "{sampler} {steps} steps, eta {eta:g}, "
         + seeds
         + ", sampled in {precision}"
         + engine
         + " on {device}, batch {batch_size}; "
         "errors: 1 standard error"
-    ).format(**asdict(row.settings))
-
-
-def _cells(row: Row, rows: list[Row]) -> list[str]:
-    baseline_size = next((other.size_mib for other in rows if other.strategy == BASELINE), None)
-
-    def size(mib: float | None) -> str:
-        return "-" if mib is None else f"{mib:.2f}" if mib >= 10 else f"{mib:.3f}"
-
-    def figure(value: Figure | None, digits: int, factor: float = 1.0) -> str:
-        return "-" if value is None else value.text(digits, factor)
-
-    return [
-        row.label,
-        figure(row.fid_unbiased, 4),
-        figure(row.fid_unbiased_difference, 4),
-        figure(row.kid_difference, 2, 1000),
-        figure(row.kid, 2, 1000),
-        figure(row.fid, 3),
-        figure(row.fid_difference, 4),
-        figure(row.inception_score, 3),
-        figure(row.psnr, 1),
-        size(row.size_mib),
-        "-" if not row.size_mib or not baseline_size else f"{1 - row.size_mib / baseline_size:.2%}",
-        size(row.file_mib),
-        "-" if row.published is None else ", ".join("-" if v is None else f"{v:.2f}" for v in row.published),
-    ]
+    ).format(
+        **asdict(row.settings),
+        kind=kind_of(row.settings.preset),
+        real="digits" if row.settings.data in DIGITS else "images",
+    )
 
 
 def format_kept(rows: list[Row]) -> str:
-    """Which weights of layers 1 to 6 each quantized row keeps in FP32 (entropy coding: none), by layer."""
+    """Which weights of the layers each quantized row keeps in FP32 (entropy coding: none), by layer."""
     lines = []
     for row in rows:
         if row.kept is None or row.strategy == BASELINE or row.format == "entropy":
             continue
         total = sum(map(len, row.kept.values()))
-        lines.append(f"\n{row.label} keeps {total} of 58 weights of layers 1 to 6 in FP32" + (":" if total else ""))
+        layers = "layers 1 to 6" if row.settings.preset in PRESETS else "the layers"
+        there = len(layer_weights(row.formats or {})) or 58  # as rows have it that do not say their formats
+        lines.append(f"\n{row.label} keeps {total} of {there} weights of {layers} in FP32" + (":" if total else ""))
         lines += [f"  {layer}: {', '.join(names)}" for layer, names in row.kept.items() if names]
     return "\n".join(lines)
 
@@ -134,6 +134,9 @@ def main():
         choices=PRESETS,
         help="which of results/<preset> to read; default: paper where CUDA is available, else quick",
     )
+    parser.add_argument(
+        "--model", type=file_name, metavar="DIR", help="reads results/ and the name of the scripts' --model"
+    )
     parser.add_argument("--out", type=file_name, metavar="DIR", help="the scripts' --out; default: results/<preset>")
     parts = parser.add_mutually_exclusive_group()
     parts.add_argument("--markdown", action="store_true", help="tables alone, as Markdown")
@@ -142,9 +145,12 @@ def main():
     options = parser.parse_args()
 
     from common.study.held_out import format_losses
-    from common.study.run import choose_preset
+    from common.study.run import choose_preset, model_name
 
-    folder = options.out or Path("results") / choose_preset(options.preset, None)[0]
+    if options.model and options.preset:
+        parser.error(f"argument --model: stands in place of --preset {options.preset}; give one of them")
+    name = model_name(options.model) if options.model else choose_preset(options.preset, None)[0]
+    folder = options.out or Path("results") / name
     if options.sensitivity:
         from common.study.increases import FILE, format_sensitivity
 
@@ -157,7 +163,7 @@ def main():
         )
     groups = group_rows(rows)
     for group in [] if options.frontier else groups:
-        print(format_markdown(group) if options.markdown else format_table(group))
+        print(format_markdown(group) if options.markdown else format_table(group) + "\n" + format_more(group))
         for said in filter(None, (format_nearest(group), format_losses(group), format_times(group))):
             print(f"\n{said.strip()}")
     if options.markdown:
@@ -166,5 +172,9 @@ def main():
     from common.study.figures import draw_all
 
     only = "fid-size" if options.frontier else "sensitivity" if options.sensitivity else ""
-    for path in draw_all(folder, groups, only):
-        print(path)
+    drawn = draw_all(folder, groups, only)
+    print("\n".join(map(str, drawn)))
+    if not only:
+        from common.study.page import write_page
+
+        print(f"all of it on one page: {write_page(folder, groups, drawn)}")

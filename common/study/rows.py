@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.options import CURVATURES
-from common.presets import FORMATS, ROUNDINGS
+from common.presets import FORMATS, PRESETS, ROUNDINGS
 from common.runtime.files import locked, write_atomically
 
 REAL, BASELINE = "Real test digits", "Baseline"  # strategies of the rows that others are compared with
@@ -69,7 +69,7 @@ class Row:
     settings: Settings
     fid: Figure
     kid: Figure
-    inception_score: Figure
+    inception_score: Figure | None
     strategy: str
     setting: str = ""
     variant: str | None = None
@@ -135,7 +135,7 @@ def row_from_json(flat: dict) -> Row:
         raise ValueError(f"{str(flat)[:40]!r} is not a row")
     flat, values = dict(flat), {}
     needed = (field.name for field in fields(Settings) if field.default is MISSING)
-    for key in ("label", "strategy", *needed, "fid", "kid", "inception_score"):
+    for key in ("label", "strategy", *needed, "fid", "kid"):
         if key not in flat:
             raise ValueError(f"{key} is missing")
     values["settings"] = _settings(flat)
@@ -149,7 +149,7 @@ def row_from_json(flat: dict) -> Row:
         values[key] = checked(key, value)
     if values["strategy"] == "Ratio" and not _is_number(values.get("setting", "")):
         raise ValueError(f"setting of {values.get('setting', '')[:40]!r} is not a ratio")
-    return Row(**values)
+    return Row(**({"inception_score": None} | values))
 
 
 def _is_number(text: str) -> bool:
@@ -259,6 +259,11 @@ class ResultStore:
             content = "".join(lines).encode()
             if not self.path.is_file() or self.path.read_bytes() != content:
                 write_atomically(self.path, content)
+
+
+def kind_of(name: str) -> str:
+    """What a row's `preset` is: a preset, or a model of the user's own."""
+    return "Preset" if name in PRESETS else "Model"
 
 
 def group_rows(rows: list[Row]) -> list[list[Row]]:

@@ -2,7 +2,9 @@
 
 import argparse
 import errno
+import math
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -11,14 +13,19 @@ from pathlib import Path
 
 import torch
 
-from common.choose.layers import layer_weights
+from common.choose.layers import layer_weights, layers_in_order
+from common.ddpm.architecture import Architecture, build
+from common.ddpm.digits import load_digits
+from common.ddpm.folder import describe_folder, load_folder, split_names
+from common.ddpm.pipelines import DiffusersConfig
 from common.ddpm.sampling import Sampling
-from common.ddpm.unet import UNet
 from common.engines.engine import INTEGER_PRECISIONS, engine_name
 from common.errors import UserError
+from common.formats.diffusers_folder import read_configs
 from common.formats.packed import MIB, Model, load_model, size_mib, tensor_shapes
-from common.options import LARGEST_SEED
-from common.presets import PRESETS, Preset, TrainingConfig
+from common.metrics.features import INCEPTION_DIMENSIONS, inception_file
+from common.options import DIGITS, LARGEST_SEED
+from common.presets import PRESETS, Preset, TrainingConfig, UNetConfig
 from common.runtime import distributed
 from common.runtime.device import autocast, bf16_is_faster, choose_device, device_name, set_up_torch
 from common.study.rows import ResultStore
@@ -33,15 +40,18 @@ def preset_checkpoint(preset_name: str) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """Options with every default filled in, checked. why: what decided the preset; sampling: of the first of `seeds`
-    draws."""
+    """Options with every default filled in, checked. why: what decided the preset; model: the folder of --model, if
+    any; data: what the images are called, images: their folder, where they are not the digits of that name; sampling:
+    of the first of `seeds` draws."""
 
     preset_name: str
     why: str
     preset: Preset
     training: TrainingConfig
+    model: Path | None
     checkpoint: Path
     data: str
+    images: Path | None
     data_dir: Path
     fmt: str
     timestep_weighting: str
@@ -59,6 +69,23 @@ class Run:
     def results(self) -> ResultStore:
         return ResultStore(self.out / "results.jsonl")
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the network is this project's own, not one of diffusers."""
+        return isinstance(self.preset.network, UNetConfig)
+
+    @property
+    def name(self) -> str:
+        return f"preset {self.preset_name}" if self.is_own else f"model {self.preset_name}"
+
+    def load_images(self, split: str) -> torch.Tensor:
+        """Images of --data, uint8 (N, H, W), or (N, C, H, W) of more channels than one. split: "train" or "test".
+
+        Raises UserError."""
+        if self.images is None:
+            return load_digits(self.data, split, self.data_dir)
+        return load_folder(self.images, split, self.preset.network.image_shape)
+
 
 def resolve(options: argparse.Namespace) -> Run:
     """Fills defaults and checks all that options alone can say; changes nothing.
@@ -66,8 +93,16 @@ def resolve(options: argparse.Namespace) -> Run:
     Raises UserError naming the option, its value and the remedy.
     """
     device = choose_device(options.device)
-    name, why = choose_preset(options.preset, options.checkpoint)
-    preset = PRESETS[name]
+    name, why, preset = choose_network(options.preset, options.checkpoint, options.model)
+    own = isinstance(preset.network, UNetConfig)
+    data, images = choose_data(options.data or (preset.training.data if own else None), preset.network)
+    if images is not None:
+        few = len(split_names(images, "train"))
+        preset = replace(
+            preset,
+            fisher_digits=min(preset.fisher_digits, few),
+            fisher_grid_digits=min(preset.fisher_grid_digits, few),
+        )
     few = "dpm++" if options.steps and preset.sampler == "ddpm" else preset.sampler
     implied = few if options.eta is None else "ddim"
     sampler = options.sampler or implied
@@ -81,13 +116,14 @@ def resolve(options: argparse.Namespace) -> Run:
         raise UserError(f"--eta {options.eta:g}: goes with --sampler ddim only")
     if options.inception_weights is not None and options.metric != "inception":
         raise UserError(f"--inception-weights {options.inception_weights}: goes with --metric inception only")
+    if options.metric == "mnist" and images is not None:
+        raise UserError("--metric mnist: its features are of digits; use --metric random, or inception")
     if options.engine == "openvino" and device.type != "cpu":
         raise UserError(f"--engine openvino: runs on the CPU, not on {device}; give --device cpu")
     if options.engine == "torch" and options.precision in INTEGER_PRECISIONS:
         raise UserError(
             f"--precision {options.precision}: torch has no 8-bit convolutions; give --engine openvino as well"
         )
-    data = options.data or preset.training.data
     sampling = Sampling(
         images=options.images or preset.images,
         sampler=sampler,
@@ -101,13 +137,16 @@ def resolve(options: argparse.Namespace) -> Run:
     )
     if options.seed + options.seeds - 1 > LARGEST_SEED:
         raise UserError(f"--seeds {options.seeds}: the last seed would be above {LARGEST_SEED}; give a smaller --seed")
+    metric = options.metric or ("mnist" if images is None else metric_of_images(sampling.images, options.samples))
     return Run(
         preset_name=name,
         why=why,
         preset=preset,
         training=replace(preset.training, data=data),
-        checkpoint=options.checkpoint or preset_checkpoint(name),
+        model=options.model,
+        checkpoint=options.checkpoint or options.model or preset_checkpoint(name),
         data=data,
+        images=images,
         data_dir=options.data_dir,
         fmt=options.format,
         timestep_weighting=options.timestep_weighting,
@@ -116,11 +155,73 @@ def resolve(options: argparse.Namespace) -> Run:
         sampling=sampling,
         seeds=options.seeds,
         samples=options.samples,
-        metric=options.metric,
+        metric=metric,
         inception_weights=options.inception_weights,
         out=options.out or Path("results") / name,
         dry_run=options.dry_run,
     )
+
+
+def choose_network(asked: str | None, checkpoint: Path | None, model: Path | None) -> tuple[str, str, Preset]:
+    """The preset's name, why it is that, and the preset; of a --model, or a checkpoint of one, its own name and the
+    settings of the quick preset. Raises UserError."""
+    if model is not None:
+        if asked is not None:
+            raise UserError(f"--preset {asked}: is a network of this project, and --model another; name one of them")
+        return model_name(model), str(model), preset_of(read_configs(model)[0])
+    if asked is None and checkpoint is not None and os.path.lexists(checkpoint):
+        packed = read_checkpoint(checkpoint)
+        if isinstance(packed.config, DiffusersConfig):
+            name = packed.metadata.get("preset", "model")
+            return re.sub(r"[^\w.-]+", "-", name)[:60], "the checkpoint's", preset_of(packed.config)
+    name, why = choose_preset(asked, checkpoint)
+    return name, why, PRESETS[name]
+
+
+def preset_of(network: DiffusersConfig) -> Preset:
+    """What is sampled and measured by default of a network of diffusers. Its training has a part in finetuning alone:
+    the seed."""
+    return replace(PRESETS["quick"], network=network, steps=min(PRESETS["quick"].steps, network.timesteps))
+
+
+def model_name(folder: Path) -> str:
+    """What a --model is called: its folder's name, or that of the folder above unet/."""
+    path = folder.absolute().resolve()
+    path = path.parent if path.name == "unet" else path
+    name = re.sub(r"[^\w.-]+", "-", path.name)[:60].strip("-.") or "model"
+    return f"{name}-model" if name in PRESETS else name
+
+
+def layers_of_model(folder: Path) -> list[str]:
+    """The layers of a --model, in the order of the forward pass. Raises UserError."""
+    return layers_in_order(layer_weights(tensor_shapes(read_configs(folder)[0])))
+
+
+def choose_data(asked: str | Path | None, network: Architecture) -> tuple[str, Path | None]:
+    """What --data is called, and the folder of images, if it is one. Raises UserError where it does not fit."""
+    shape = network.image_shape
+    if asked is None:
+        raise UserError(f"--data: name a folder of images, as the model was trained on; it makes {shape_text(shape)}")
+    if asked in DIGITS:
+        if shape != UNetConfig.image_shape:
+            raise UserError(
+                f"--data {asked}: grey 32x32 digits, and the model makes {shape_text(shape)}; name a folder"
+            )
+        return asked, None
+    if isinstance(network, UNetConfig):
+        raise UserError(f"--data {asked}: a folder of images goes with --model; use mnist or mnist5k")
+    return describe_folder(asked), asked
+
+
+def shape_text(shape: tuple[int, int, int]) -> str:
+    channels, height, width = shape
+    return f"{width}x{height} images of {channels} channel" + ("s" if channels > 1 else "")
+
+
+def metric_of_images(images: int, samples: bool) -> str:
+    """Inception, where its weights are there and images are enough for its features; else random features."""
+    enough = samples and images > INCEPTION_DIMENSIONS
+    return "inception" if enough and inception_file().is_file() else "random"
 
 
 def choose_preset(asked: str | None, checkpoint: Path | None) -> tuple[str, str]:
@@ -145,7 +246,7 @@ def start(options: argparse.Namespace) -> Run:
     run = replace(run, device=device, sampling=sampling)
     threads, processes = torch.get_num_threads(), distributed.processes()
     workers = f"{threads} threads" if processes == 1 else f"{processes} processes of {threads} threads"
-    print(f"preset {run.preset_name} ({run.why}); {run.sampling.device}, {workers}, torch {torch.__version__}")
+    print(f"{run.name} ({run.why}); {run.sampling.device}, {workers}, torch {torch.__version__}")
     if run.samples:
         first, last = run.sampling.seed, run.sampling.seed + run.seeds - 1
         seeds = f"seed {first}" if first == last else f"each of seeds {first} to {last}"
@@ -157,17 +258,21 @@ def start(options: argparse.Namespace) -> Run:
         print_sizes(run)
         raise SystemExit(0)
     distributed.on_first(run.results.rows)  # raises where the file is damaged
-    images_mib = 2 * run.seeds * run.sampling.images / 1024 if run.samples else 0  # of one model, whole and in parts
+    image_mib = math.prod(run.preset.network.image_shape) / MIB
+    images_mib = (
+        2 * run.seeds * run.sampling.images * image_mib if run.samples else 0
+    )  # of one model, whole and in parts
     for folder in (run.out, *(run.out / name for name in ("images", "models", "reference"))):
         require_writable(f"--out {run.out}", folder, needed_mib=32 * size_mib(run.preset.network, {}) + images_mib)
     if run.samples:
-        require_memory(run.sampling.images)
+        require_memory(run.sampling.images, image_mib)
     return run
 
 
-def require_memory(images: int) -> None:
-    """Raises UserError where images and their features (about 5 KiB each) would not fit in this machine's memory."""
-    needed = 5 * images / 1024
+def require_memory(images: int, image_mib: float) -> None:
+    """Raises UserError where images of so many MiB and their features (about 4 KiB each) would not fit in this
+    machine's memory."""
+    needed = images * (4 / 1024 + image_mib)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / MIB
     if needed > there:
         raise UserError(f"--images {images}: takes {needed:,.0f} MiB of memory, {there:,.0f} are there; give fewer")
@@ -206,6 +311,9 @@ def print_sizes(run: Run) -> None:
     parameters = sum(shape.numel() for shape, _ in shapes.values())
     baseline = size_mib(config, {})
     print(f"{parameters:,} parameters in {len(shapes)} tensors; the strategies choose among {len(names)} weights")
+    if not run.is_own:
+        layers = layers_in_order(names)
+        print("layers: " + ", ".join(f"{number} {layer}" for number, layer in enumerate(layers, start=1)))
     print(f"baseline FP32 {baseline:.2f} MiB")
     for fmt in dict.fromkeys(("fp16", run.fmt)):
         size = size_mib(config, dict.fromkeys(names, fmt))
@@ -215,9 +323,9 @@ def print_sizes(run: Run) -> None:
 
 def cost_estimate(run: Run) -> str:
     """Times one small batch, forward and backward, and says what sampling and training take at that rate."""
-    network = UNet(run.preset.network).to(run.device, memory_format=torch.channels_last)
-    batch = run.training.batch_size if run.device.type == "cuda" else 8
-    x, t = torch.randn(batch, 1, 32, 32, device=run.device), torch.zeros(batch, dtype=torch.long, device=run.device)
+    network = build(run.preset.network).to(run.device, memory_format=torch.channels_last)
+    batch, shape = run.training.batch_size if run.device.type == "cuda" else 8, run.preset.network.image_shape
+    x, t = torch.randn(batch, *shape, device=run.device), torch.zeros(batch, dtype=torch.long, device=run.device)
 
     def seconds(work) -> float:
         times = []
@@ -239,11 +347,11 @@ def cost_estimate(run: Run) -> str:
         loss.backward()
 
     sampling_seconds = seconds(forward) * run.seeds * run.sampling.images * run.sampling.steps
+    text = f"cost on this device, roughly: {duration(sampling_seconds)} for the images of one row"
+    if not run.is_own:
+        return text
     training_seconds = seconds(train_step) * run.training.batch_size * run.training.steps
-    text = (
-        f"cost on this device, roughly: {duration(sampling_seconds)} for the images of one row, "
-        f"{duration(training_seconds)} to train the baseline"
-    )
+    text += f", {duration(training_seconds)} to train the baseline"
     if run.preset_name == "paper" and training_seconds > 3 * 3600:
         text += "; --preset quick ships trained"
     return text

@@ -15,9 +15,8 @@ from dataclasses import asdict
 import torch
 from tqdm import tqdm
 
-from common.choose.layers import layer_of, layer_weights
-from common.ddpm.digits import load_digits
-from common.ddpm.schedule import Schedule
+from common.choose.layers import layer_of, layer_weights, layers_in_order
+from common.ddpm.architecture import schedule_of
 from common.errors import UserError
 from common.formats.numbers import fake_quantize, stored_format
 from common.formats.packed import Model, tensor_shapes
@@ -35,7 +34,7 @@ def quantize_each_alone(
 
     fisher, gauss_newton: {which timesteps: {name: value}}, what may predict it.
     """
-    network, schedule = model.network().to(x0.device), Schedule(model.config.timesteps, x0.device)
+    network, schedule = model.network().to(x0.device), schedule_of(model.config, x0.device)
     before = digit_losses(network, schedule, x0, t, noise)
     parameters, shapes = dict(network.named_parameters()), tensor_shapes(model.config)
     names = layer_weights(model.state)
@@ -53,7 +52,7 @@ def quantize_each_alone(
             parameters[name].copy_(tensor)
     together = mean_and_error(digit_losses(network, schedule, x0, t, noise) - before)
     layers = {}
-    for layer in sorted(set(map(layer_of, names))):
+    for layer in layers_in_order(names):
         layers[layer] = mean_and_error(sum(losses[name] for name in names if layer_of(name) == layer))
     means, errors = zip(*(mean_and_error(losses[name]) for name in names), strict=True)
     in_order = [{which: [v[n] for n in names] for which, v in kind.items()} for kind in (fisher, gauss_newton)]
@@ -74,9 +73,9 @@ def main():
     if options.digits < 2:
         parser.error("argument --digits: 1 is too few for a standard error; give at least 2")
     run = start(options)
-    there = len(load_digits(run.data, "test", run.data_dir))
+    there = len(run.load_images("test"))
     if options.digits > there:
-        raise UserError(f"--digits {options.digits}: there are {there} test digits in {run.data}; give at most as many")
+        raise UserError(f"--digits {options.digits}: there are {there} held out in {run.data}; give at most as many")
     model = load_baseline(run)
     tables = fisher_table(run, model), gauss_newton_table(run, model)
     held = held_out(run, model, options.digits)

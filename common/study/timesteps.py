@@ -26,7 +26,8 @@ class InOnePart(nn.Module):
 
     def __init__(self, quantized: nn.Module, full: nn.Module, first: int, last: int):
         super().__init__()
-        self.quantized, self.full, self.first, self.last, self.config = quantized, full, first, last, full.config
+        self.quantized, self.full, self.first, self.last = quantized, full, first, last
+        self.architecture = full.architecture
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         inside = self.first <= int(t[0]) <= self.last

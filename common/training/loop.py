@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from common.ddpm.architecture import Architecture, schedule_of
 from common.ddpm.digits import to_model_range
-from common.ddpm.schedule import Schedule, denoising_loss
+from common.ddpm.schedule import denoising_loss
 from common.errors import UserError
 from common.presets import TrainingConfig
 from common.runtime import distributed, sealed
@@ -36,7 +37,8 @@ def learning_rate_factor(config: TrainingConfig, step: int) -> float:
 
 def make_optimizers(network: nn.Module, config: TrainingConfig, precision: str) -> list[torch.optim.Optimizer]:
     """Muon for the weights of hidden layers; Adam for the first and the last layer, biases and norms."""
-    outer = set(network.shallow_conv.parameters()) | set(network.output_conv.parameters())
+    ends = (getattr(network, name, None) for name in ("shallow_conv", "output_conv", "conv_in", "conv_out"))
+    outer = {parameter for module in ends if module is not None for parameter in module.parameters()}
     hidden = [p for p in network.parameters() if p.dim() > 1 and p not in outer]
     others = [p for p in network.parameters() if p.dim() == 1 or p in outer]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -83,8 +85,10 @@ def train(
     device: torch.device,
     precision: str,
     on_step: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, ema: None,
+    architecture: Architecture | None = None,
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Trains `network` on `digits` (uint8, (N, 32, 32)); returns the EMA weights and the loss of each step.
+    """Trains `network` on `digits` (uint8, (N, 32, 32) or (N, C, H, W)); returns the EMA weights and the loss of each
+    step. architecture: the network's; by default its `config`.
 
     Continues from `state_path` where it exists, and writes it about once a minute. Several processes share each batch.
     After each step `on_step(steps done, EMA weights)` is called. Raises TrainingError when a loss is not finite, the
@@ -96,7 +100,8 @@ def train(
             f"a batch of {config.batch_size} digits does not divide by {processes} processes: start as many as do"
         )
     mine = slice(rank * config.batch_size // processes, (rank + 1) * config.batch_size // processes)
-    schedule = Schedule(network.config.timesteps, device)
+    architecture = architecture or network.config
+    schedule = schedule_of(architecture, device)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     for module in network.modules():
         if hasattr(module, "reset_parameters"):
@@ -108,7 +113,7 @@ def train(
     ema = {name: p.detach().clone() for name, p in parameters.items()}
     losses = torch.zeros(config.steps, device=device)
     run = {
-        "architecture": asdict(network.config),
+        "architecture": asdict(architecture),
         "training": asdict(config),
         "precision": precision,
         "digits": sealed.hash_tensors({"digits": digits}),
