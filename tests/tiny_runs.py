@@ -24,7 +24,7 @@ def run_script(folder: str, network, arguments: tuple[str, ...], die_at_write: i
     from common.errors import run_main
     from common.presets import PRESETS
     from common.runtime import files
-    from common.study import evaluate, run
+    from common.study import run
     from common.training import loop
 
     os.chdir(folder)
@@ -40,8 +40,8 @@ def run_script(folder: str, network, arguments: tuple[str, ...], die_at_write: i
         fisher_grid_digits=1,
     )
     run.CHECKPOINTS = Path("checkpoints")
-    load_digits = evaluate.load_digits
-    evaluate.load_digits = lambda *which: load_digits(*which)[:500]  # so that their features take no time
+    load_digits = run.load_digits
+    run.load_digits = lambda *which: load_digits(*which)[:500]  # so that their features take no time
     loop.SAVE_SECONDS = -1  # after every step
     writes, fsync = [], os.fsync
 

@@ -172,8 +172,8 @@ def _sample_parts(
     """Samples the batches that begin at `starts` into their parts, but for those that another script has made."""
     if not starts:
         return
-    schedule, shape = schedule_of(network.architecture), network.architecture.image_shape
-    denoise = prepare(network, sampling, device)
+    denoise, schedule = prepare(network, sampling, device), schedule_of(network.architecture)
+    shape = network.architecture.image_shape
     whole, warm_up = min(sampling.batch_size, sampling.images), WARM_UP
     with tqdm(total=len(starts) * sampling.steps, desc=label, unit="step") as bar:
         for start in starts:

@@ -68,7 +68,8 @@ class OpenVINO:
         return graph
 
     def _kept(self, network: nn.Module, weights: str, integers: dict[str, IntegerTensor], sampling: Sampling):
-        calibration = noised_images(self.images, schedule_of(network.architecture), sampling.steps, self.name)
+        schedule = schedule_of(network.architecture)
+        calibration = noised_images(self.images, schedule, sampling.steps, self.name)
         return kept_graph(self.folder, network, weights, integers, calibration)
 
 

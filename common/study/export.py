@@ -17,7 +17,7 @@ import torch
 
 from common.errors import UserError
 from common.options import Parser, file_name, positive_int
-from common.presets import UNetConfig
+from common.presets import PRESETS, UNetConfig
 
 MOST = 50  # images on which the exported model is compared
 
@@ -47,7 +47,7 @@ def export(file: Path, target: str, out: Path, precision: str, steps: int | None
     from common.engines.openvino import require_installed
     from common.runtime.device import set_up_torch
     from common.runtime.files import write_atomically
-    from common.study.run import choose_network, read_checkpoint, require_writable
+    from common.study.run import choose_preset, read_checkpoint, require_writable
 
     needed = [
         "openvino",
@@ -57,8 +57,8 @@ def export(file: Path, target: str, out: Path, precision: str, steps: int | None
     require_installed(*needed, option=f"--to {target}")
     model = read_checkpoint(file, "FILE")
     if not isinstance(model.config, UNetConfig):
-        raise UserError(f"FILE {file}: is of a network of diffusers; those of this project's own can be exported")
-    preset = choose_network(None, file, None)[2]
+        raise UserError(f"FILE {file}: holds a network of diffusers; python -m common unpack writes its own folder")
+    preset = PRESETS[choose_preset(None, file)[0]]
     steps, timesteps = steps or preset.steps, model.config.timesteps
     if steps > timesteps:
         raise UserError(f"--steps {steps}: there are {timesteps} timesteps; give at most as many")

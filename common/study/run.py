@@ -97,7 +97,7 @@ def resolve(options: argparse.Namespace) -> Run:
     own = isinstance(preset.network, UNetConfig)
     data, images = choose_data(options.data or (preset.training.data if own else None), preset.network)
     if images is not None:
-        few = len(split_names(images, "train"))
+        few, _ = (len(split_names(images, split)) for split in ("train", "test"))
         preset = replace(
             preset,
             fisher_digits=min(preset.fisher_digits, few),
@@ -264,6 +264,9 @@ def start(options: argparse.Namespace) -> Run:
     )  # of one model, whole and in parts
     for folder in (run.out, *(run.out / name for name in ("images", "models", "reference"))):
         require_writable(f"--out {run.out}", folder, needed_mib=32 * size_mib(run.preset.network, {}) + images_mib)
+    if run.images is not None:
+        for split in ("test", "train"):
+            run.load_images(split)  # kept; raises where one of them cannot be used, before any long work
     if run.samples:
         require_memory(run.sampling.images, image_mib)
     return run
