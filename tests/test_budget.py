@@ -190,6 +190,17 @@ def test_fill_takes_the_lowest_price_that_fits():
         allocation.requantize_to_size(weights, steps, nbytes, 3)
 
 
+def test_fill_takes_larger_steps_where_no_price_fits():
+    weights = {name: torch.randn(100, 100, generator=torch.Generator().manual_seed(0)) for name in "ab"}
+    steps = {"a": 0.01, "b": 0.02}
+    priced = nbytes(rounding.encode(weights, steps, price=1e3))
+    for limit in (priced - 1, priced // 2, 500):
+        stored = allocation.requantize_to_size(weights, steps, nbytes, limit)
+        assert 0.95 * limit < nbytes(stored) <= limit
+        a, b = stored["entropy:steps"].tolist()
+        assert a > 0.01 and b / a == pytest.approx(2)
+
+
 @pytest.fixture
 def script(tiny_preset, tiny_network, monkeypatch, tmp_path):
     """Runs layer_budget.py on a baseline of a few thousand parameters; returns its rows of the strategy."""
@@ -307,8 +318,15 @@ def test_finetuning_goes_with_entropy_coding(script, capfd):
 
 
 def test_auto_tries_finetuned_models_where_finetuning_is_asked_for(script, monkeypatch):
-    monkeypatch.setattr(budget_models, "search", lambda acceptable, most: (9.0 if acceptable(9) else None, None))
+    starts = []
+
+    def search(acceptable, most, start):
+        starts.append(start)
+        return (9.0 if acceptable(9) else None), None
+
+    monkeypatch.setattr(budget_models, "search", search)
     (row,) = script("--times", "auto", "--finetune", "3")
+    assert starts == [budget_search.START_FINETUNED]
     assert row["label"] == "Budget 9x, 3 updates (entropy)"
 
 
@@ -325,7 +343,9 @@ def test_a_factor_is_accepted_where_its_upper_bound_lies_below_the_margin():
 @pytest.mark.parametrize(("margin", "holds"), [(1000.0, "holds there too"), (-1.0, "does not hold there")])
 def test_auto_confirms_on_noise_of_its_own(script, monkeypatch, capfd, margin, holds):
     found = []
-    monkeypatch.setattr(budget_models, "search", lambda acceptable, most: (found.append(acceptable(9)) or 9.0, None))
+    monkeypatch.setattr(
+        budget_models, "search", lambda acceptable, most, start: (found.append(acceptable(9)) or 9.0, None)
+    )
     monkeypatch.setattr(budget_models, "margin_of", lambda reference, share: margin * share)
     (row,) = script("--times", "auto", "--margin", "1", "--seed", "3", "--seeds", "2")
     assert (row["label"], row["seed"], row["seeds"]) == ("Budget 9x (entropy)", 3, 2)

@@ -101,7 +101,7 @@ def test_two_processes_train_on_the_whole_of_each_batch(tiny_config, monkeypatch
         patch.setattr(distributed, "processes", lambda: 2)
         for exchange in ("mean", "broadcast"):
             patch.setattr(distributed, exchange, lambda value: value)
-        patch.setattr(distributed, "average_gradients", lambda network: None)
+        patch.setattr(distributed, "average_gradients", lambda parameters: None)
         half, _ = train(UNet(tiny_config), config, digits, tmp_path / "half.safetensors", CPU, "fp32")
     for process in shares:
         process.join(120)

@@ -1,12 +1,16 @@
-"""Finetuning on a network whose best codes are known."""
+"""Finetuning on networks whose best codes are known."""
+
+import math
 
 import pytest
 import torch
 from torch import nn
 
+from common.choose import rounding
 from common.ddpm.schedule import Schedule
 from common.runtime import sealed
 from common.training import finetune as finetuning
+from common.training import price, quantized
 from common.training.finetune import BATCH, finetune, sampler_of_digits
 
 
@@ -21,40 +25,83 @@ class Scale(nn.Module):
         return self.a * x
 
 
-def run(network, start, step, updates, path):
-    draw = sampler_of_digits(torch.randn(20, 1, 32, 32, generator=torch.Generator().manual_seed(0)), Schedule(), 0)
-    return finetune(network, {"a": torch.tensor([start])}, {"a": step}, draw, Schedule(), updates, "fp32", path)
+def digits_of(seed=0):
+    return torch.randn(20, 1, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def size(weights, steps):
+    return sum(part.nbytes for part in rounding.encode(weights, steps, price=0.0).values())
+
+
+def run(network, start, step, updates, path, limit=1000):
+    """At a limit that is far above what one code takes, and so at no price."""
+    draw = sampler_of_digits(digits_of(), Schedule(), 0)
+    weights, steps = {"a": torch.tensor([start])}, {"a": step}
+    weights, steps = finetune(network, weights, steps, draw, size, limit, updates, "fp32", path)
+    return weights["a"].item(), steps["a"]
 
 
 def test_a_code_moves_to_where_the_prediction_is_again_that_of_the_network(monkeypatch, tmp_path):
-    monkeypatch.setattr("common.training.finetune.PEAK_RATE", 0.1)
+    monkeypatch.setattr(finetuning, "RATE", 0.2)
     network = Scale(0.24)
-    latent = run(network, 0.7, 0.1, 150, tmp_path / "state")
-    assert round(latent["a"].item() / 0.1) in (2, 3)
+    monkeypatch.setattr(finetuning, "STEP_RATE", 0.05)
+    weight, step = run(network, 0.7, 0.1, 300, tmp_path / "state")
+    assert round(weight / step) * step == pytest.approx(0.24, abs=0.05)  # the step fits itself to the code
     assert network.a.item() == pytest.approx(0.24)  # what it learns from is left alone
 
 
 def test_weights_that_lose_nothing_stay(tmp_path):
-    assert run(Scale(0.5), 0.5, 0.25, 5, tmp_path / "state") == {"a": torch.tensor([0.5])}
+    assert run(Scale(0.5), 0.5, 0.25, 5, tmp_path / "state") == (0.5, 0.25)
 
 
 def test_weights_start_in_the_cells_of_their_codes_on_the_side_of_the_networks_own(monkeypatch, tmp_path):
-    monkeypatch.setattr("common.training.finetune.PEAK_RATE", 0.0)
-    latent = [run(Scale(own), 0.7, 0.1, 1, tmp_path / f"{own}")["a"].item() for own in (0.9, 0.73, 0.5)]
+    monkeypatch.setattr(finetuning, "RATE", 0.0)
+    monkeypatch.setattr(finetuning, "STEP_RATE", 0.0)
+    latent = [run(Scale(own), 0.7, 0.1, 1, tmp_path / f"{own}")[0] for own in (0.9, 0.73, 0.5)]
     assert latent == pytest.approx([0.745, 0.73, 0.655])
+
+
+class Matrix(nn.Module):
+    """Its output is its weight times the input; so for white inputs the loss is the squared error of the weight."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(rows, 64, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x, t):
+        return (x.flatten(1) @ self.weight.T)[:, :, None, None]
+
+
+def test_codes_of_a_gaussian_source_come_to_the_size_asked_for(monkeypatch, tmp_path):
+    """And to within 0.6 bits of the rate-distortion bound, 2^(-2 bits); quantization that decides for each weight by
+    itself comes to 0.25 bits (Gish & Pierce 1968)."""
+    monkeypatch.setattr(finetuning, "RATE", 0.01)
+    monkeypatch.setattr(finetuning, "STEP_RATE", 0.005)
+    network, updates, limit = Matrix(64), 400, 1024  # 2 bits a weight; the start has 3.1
+    own, step = network.weight.detach(), 0.5
+    white = torch.randn(1000, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    draw = sampler_of_digits(white, Schedule(), 0)
+    assert size({"weight": own}, {"weight": step}) > 1.5 * limit
+    start = {"weight": own}, {"weight": step}
+    weights, steps = finetune(network, *start, draw, size, limit, updates, "fp32", tmp_path / "state")
+    found = size(weights, steps)
+    assert 0.95 * limit < found < 1.05 * limit
+    codes = (weights["weight"] / steps["weight"]).round()
+    error = float((steps["weight"] * codes - own).square().mean() / own.square().mean())
+    assert 0.2 < 8 * found / own.numel() + 0.5 * math.log2(error) < 0.6
 
 
 def test_a_finetuning_that_was_stopped_ends_in_the_same_weights(monkeypatch, tmp_path):
     monkeypatch.setattr("common.training.finetune.SAVE_SECONDS", -1)
     whole = run(Scale(0.24), 0.7, 0.1, 20, tmp_path / "whole")
 
-    def stop_at_10(i, updates, rate_factor=finetuning.rate_factor):
-        if i == 10:
+    def stop_at_15(i, updates, rate_factor=finetuning.rate_factor):
+        if i == 15:
             raise KeyboardInterrupt
         return rate_factor(i, updates)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("common.training.finetune.rate_factor", stop_at_10)
+        patch.setattr("common.training.finetune.rate_factor", stop_at_15)
         run(Scale(0.24), 0.7, 0.1, 20, tmp_path / "state")
     assert sealed.load(tmp_path / "state", "finetuning")[1]["updates"] == 10
     assert run(Scale(0.24), 0.7, 0.1, 20, tmp_path / "state") == whole
@@ -83,20 +130,19 @@ def test_a_weight_in_another_memory_format_resumes_to_the_same_bytes(monkeypatch
             return draw(i)
 
         steps = dict.fromkeys(weights, 0.1)
-        return finetune(network, weights, steps, draw_or_stop, Schedule(), 8, "fp32", tmp_path / name)
+        return finetune(network, weights, steps, draw_or_stop, size, 300, 24, "fp32", tmp_path / name)[0]
 
     whole = finetuned("whole")
     with pytest.raises(KeyboardInterrupt):
-        finetuned("stopped", stop=4)
+        finetuned("stopped", stop=15)
     moments = []
-    load_state = finetuning._load_state
+    load_state = finetuning.load_state
 
-    def watched(tensors, done, latent, optimizer):
-        done = load_state(tensors, done, latent, optimizer)
-        moments.extend(optimizer.state[u]["exp_avg"] for u in latent.values() if u.dim() == 4)
-        return done
+    def watched(tensors, trained, optimizer):
+        load_state(tensors, trained, optimizer)
+        moments.extend(optimizer.state[u]["exp_avg"] for u in trained.latents.values() if u.dim() == 4)
 
-    monkeypatch.setattr("common.training.finetune._load_state", watched)
+    monkeypatch.setattr(finetuning, "load_state", watched)
     resumed = finetuned("stopped")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert len(moments) == 2 and moments[0].is_contiguous(memory_format=torch.channels_last)
@@ -105,28 +151,41 @@ def test_a_weight_in_another_memory_format_resumes_to_the_same_bytes(monkeypatch
 def test_the_key_differs_with_all_that_the_result_depends_on(monkeypatch):
     settings = {
         "network": "a" * 64, "weights": "b" * 64, "steps": {"w": 0.1}, "data": "mnist", "seed": 0,
-        "precision": "fp32", "updates": 10,
+        "precision": "fp32", "updates": 10, "limit": 1000,
     }  # fmt: skip
     others = {
         "network": "c" * 64, "weights": "c" * 64, "steps": {"w": 0.2}, "data": "mnist5k", "seed": 1,
-        "precision": "bf16", "updates": 11,
+        "precision": "bf16", "updates": 11, "limit": 1001,
     }  # fmt: skip
     keys = [finetuning.state_key(**settings), *(finetuning.state_key(**settings | {k: v}) for k, v in others.items())]
-    for constant in ("METHOD_VERSION", "BATCH", "PEAK_RATE", "WARMUP", "INSIDE"):
+    constants = [(finetuning, name) for name in ("METHOD_VERSION", "BATCH", "RATE", "STEP_RATE", "WARMUP")]
+    constants += [(finetuning, name) for name in ("CYCLE", "REFRESH", "RECOUNT", "SPARE")]
+    constants += [
+        (price, "ABSENT"),
+        (price, "PROPORTIONAL"),
+        (price, "INTEGRAL"),
+        (price, "FARTHEST"),
+        (quantized, "INSIDE"),
+    ]
+    for module, name in constants:
         with monkeypatch.context() as patch:
-            patch.setattr(finetuning, constant, 7)
+            patch.setattr(module, name, 7)
             keys.append(finetuning.state_key(**settings))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "9.9")
         keys.append(finetuning.state_key(**settings))
-    assert len(set(keys)) == len(keys) == 14
+    assert len(set(keys)) == len(keys) == 1 + len(others) + len(constants) + 1
     assert finetuning.state_key(**settings) == keys[0]
 
 
-GOOD = {
-    "latent/a": torch.tensor([7.0]), "exp_avg/a": torch.zeros(1), "exp_avg_sq/a": torch.zeros(1),
-    "step/a": torch.tensor(3.0),
+CONTROL = {
+    "end": 1000 * (1 - finetuning.SPARE), "updates": 20, "start": 100.0, "size": 100.0, "overhead": 90.0,
+    "weights": 1, "error": 0.1, "base": 0.0, "excess": 0.0,
 }  # fmt: skip
+GOOD = {f"{kind}/{name}": value for name, value in (("latent/a", torch.tensor([7.0])), ("log-step/a", torch.zeros(())))
+        for kind, value in (("exp_avg", 0 * value), ("exp_avg_sq", 0 * value), ("step", torch.tensor(10.0)))
+}  # fmt: skip
+GOOD |= {"latent/a": torch.tensor([7.0]), "log-step/a": torch.zeros(())}
 
 
 @pytest.mark.parametrize(
@@ -134,37 +193,50 @@ GOOD = {
     [
         ({**GOOD, "latent/b": torch.zeros(1)}, {}),
         ({**GOOD, "latent/a": torch.zeros(2)}, {}),
-        ({**GOOD, "latent/a": torch.tensor([torch.nan])}, {}),
-        ({key: GOOD[key] for key in ("latent/a", "exp_avg/a", "step/a")}, {}),
+        ({**GOOD, "log-step/a": torch.tensor(torch.nan)}, {}),
+        ({key: value for key, value in GOOD.items() if not key.startswith("exp_avg_sq")}, {}),
         (GOOD, {"updates": "3"}),
-        (GOOD, {"updates": 6}),
+        (GOOD, {"updates": 21}),
+        (GOOD, {"updates": 13}),  # where codes are not looked at
         (GOOD, {"name": "another"}),
         (GOOD, {"more": 1}),
+        (GOOD, {"control": CONTROL | {"end": 998.0}}),
+        (GOOD, {"control": CONTROL | {"weights": 2}}),
+        (GOOD, {"control": CONTROL | {"base": "x"}}),
+        (GOOD, {"control": CONTROL | {"excess": math.nan}}),
+        (GOOD, {"control": CONTROL | {"size": 0.0}}),
         (None, {}),
     ],
 )
 def test_a_state_that_is_not_this_finetunings_is_named_and_finetuning_begins_anew(tmp_path, capsys, tensors, metadata):
-    whole, path = run(Scale(0.24), 0.7, 0.1, 5, tmp_path / "whole"), tmp_path / "state"
+    whole, path = run(Scale(0.24), 0.7, 0.1, 20, tmp_path / "whole"), tmp_path / "state"
     if tensors is None:
         path.write_bytes(b"no state")
     else:
-        sealed.save(path, "finetuning", tensors, {"updates": 3, "name": "state"} | metadata)
-    assert run(Scale(0.24), 0.7, 0.1, 5, path) == whole
+        sealed.save(path, "finetuning", tensors, {"updates": 10, "name": "state", "control": CONTROL} | metadata)
+    assert run(Scale(0.24), 0.7, 0.1, 20, path) == whole
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line)
     assert str(path) in line and line.endswith("finetuning begins anew")
-    assert sealed.load(path, "finetuning")[1]["updates"] == 5
+    assert sealed.load(path, "finetuning")[1]["updates"] == 20
+
+
+def test_a_state_that_is_this_finetunings_is_taken(tmp_path, capsys):
+    whole, path = run(Scale(0.24), 0.7, 0.1, 20, tmp_path / "whole"), tmp_path / "state"
+    sealed.save(path, "finetuning", GOOD, {"updates": 10, "name": "state", "control": CONTROL})
+    assert run(Scale(0.24), 0.7, 0.1, 20, path) != whole
+    assert not capsys.readouterr().out
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_zero():
     factors = [finetuning.rate_factor(i, 100) for i in range(100)]
-    assert factors[0] < 0.11 and max(factors) == factors[9] > 0.95 and factors[-1] < 1e-3
+    assert factors[0] < 0.21 and max(factors) == factors[4] > 0.95 and factors[-1] < 1e-3
 
 
 def test_draws_follow_from_the_seed_and_timesteps_from_their_weight_in_the_image():
     digits, schedule = torch.randn(500, 1, 32, 32), Schedule()
     draw, again, other = (sampler_of_digits(digits, schedule, seed) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(draw(3), again(3), strict=True))
-    assert not torch.equal(draw(3)[2], other(3)[2]) and not torch.equal(draw(3)[2], draw(4)[2])
+    assert not torch.equal(draw(3)[0], other(3)[0]) and not torch.equal(draw(3)[0], draw(4)[0])
     timesteps = torch.cat([draw(i)[1] for i in range(100)])
     assert len(timesteps) == 100 * BATCH
     weights = torch.tensor(schedule.image_weights(list(range(1000))))

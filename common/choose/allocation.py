@@ -169,18 +169,31 @@ def requantize_to_size(
     size: Callable[[dict[str, torch.Tensor]], int],
     budget: int,
 ) -> dict[str, torch.Tensor]:
-    """`rounding.encode` of `weights` with these steps at the lowest price of a bit that keeps to `budget` bytes.
+    """`rounding.encode` of `weights` with these steps at the lowest price of a bit that keeps to `budget` bytes; where
+    no price does, with steps that are larger by the least factor.
 
-    Raises BudgetError where no price does.
+    Raises BudgetError where no factor does.
     """
-    best = rounding.encode(weights, steps, price=0.0)
+
+    def priced(price: float) -> dict[str, torch.Tensor]:
+        return rounding.encode(weights, steps, price=price)
+
+    def coarser(factor: float) -> dict[str, torch.Tensor]:
+        return rounding.encode(weights, {name: factor * step for name, step in steps.items()})
+
+    best = priced(0.0)
     if size(best) <= budget:
         return best
     highest = 1e3
-    best = rounding.encode(weights, steps, price=highest)
+    best = priced(highest)
+    if size(best) <= budget:
+        _, found = _finest(priced, size, budget, 1e-3, highest, 0.01)
+        return found or best
+    coarsest = 3 * max(1.0, *(float(w.abs().max()) / steps[name] for name, w in weights.items()))
+    best = coarser(coarsest)  # all zero
     if (smallest := size(best)) > budget:
         raise BudgetError(smallest)
-    _, found = _finest(lambda p: rounding.encode(weights, steps, price=p), size, budget, 1e-3, highest, 0.01)
+    _, found = _finest(coarser, size, budget, 1.0, coarsest, 1e-4)
     return found or best
 
 

@@ -5,7 +5,7 @@ One process alone needs none of this, and every function here then returns what 
 
 import atexit
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import TypeVar
 
@@ -51,6 +51,11 @@ def rank() -> int:
 def shard(items):
     """This process's part of a sequence: every n-th item."""
     return items[rank() :: processes()]
+
+
+def part(batch: torch.Tensor) -> torch.Tensor:
+    """This process's part of a batch (N, ...); lengths differ by one at most."""
+    return batch.tensor_split(processes())[rank()]
 
 
 def gather(items: list, total: int) -> list:
@@ -104,14 +109,14 @@ def mean(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def average_gradients(network: nn.Module) -> None:
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replaces each gradient by its mean over the processes.
 
     One exchange of all of them, always in the same order: DistributedDataParallel orders its buckets anew after the
     first step, so that with three processes or more a resumed run would round differently.
     """
     if processes() > 1:
-        gradients = [p.grad for p in network.parameters()]
+        gradients = [p.grad for p in parameters]
         flat = mean(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view(gradient.shape))

@@ -1,11 +1,8 @@
 """Models that fit a size: the baseline coded in files of given limits, or in the smallest that costs little."""
 
-import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -13,28 +10,33 @@ from tqdm import tqdm
 from common.choose import allocation
 from common.choose.allocation import BudgetError
 from common.choose.controls import generator_of, like_tensors, permute
-from common.ddpm.architecture import schedule_of
 from common.errors import UserError
-from common.formats.packed import MIB, Model, file_bytes, load_model, save_model
+from common.formats.packed import MIB, Model
 from common.options import number
 from common.runtime import distributed
-from common.runtime.files import remove
-from common.study.budget_search import describe_confirmation, describe_search, lies_below, margin_of, search
-from common.study.codings import Allocator, coded_model, make_allocator
+from common.study.budget_search import (
+    START,
+    START_FINETUNED,
+    describe_confirmation,
+    describe_search,
+    lies_below,
+    margin_of,
+    search,
+)
+from common.study.codings import Allocator, make_allocator
 from common.study.diffusion_fisher import (
     curvature_metadata,
     curvature_table,
     rounding_feedback,
-    training_digits,
     values_note,
-)  # fmt: skip
+)
 from common.study.evaluate import Evaluator
+from common.study.finetuned import finetuned
 from common.study.held_out import Judged, held_out, judge
 from common.study.rows import Figure
-from common.study.run import Run, training_precision
-from common.training.finetune import finetune, sampler_of_digits, state_key
+from common.study.run import Run
 
-GROWTH = 0.01  # of the file, for codes to become longer in finetuning
+HEAD_START = 1.1  # finetuning begins with a file so many times larger, which it shrinks
 
 
 def budget_metadata(run: Run, baseline: Model, coding: str, size: str, variant: str | None = None, **more) -> dict:
@@ -134,12 +136,13 @@ def _build_by_search(
     tried: dict[float, Model] = {}
 
     def acceptable(times: float) -> bool:
-        *_, model = maker.make(f"{number(times)}x", int(size / times), updates)
+        asked, limit = f"{number(times)}x", int(size / times)
+        model = maker.finetuned(asked, limit, updates) if updates else maker.untrained(asked, limit)
         difference = Figure(*evaluator.measure(model).scores.fid_unbiased.minus(reference))
         tried[times] = replace(model)  # without the unpacked weights
         return lies_below(difference, margin)
 
-    low, high = search(acceptable, most)
+    low, high = search(acceptable, most, START_FINETUNED if updates else START)
     print(describe_search(low, high, list(tried), margin))
     if low is not None:
         fresh = replace(evaluator, sampling=replace(evaluator.sampling, seed=evaluator.sampling.seed + evaluator.seeds))
@@ -178,15 +181,22 @@ class Maker:
 
     def make(self, asked: str, limit: int, updates: int | None) -> Iterator[Model]:
         """The model of at most `limit` bytes, and then, with so many `updates`, the finetuned one."""
-        metadata = self.metadata(asked)
-        yield self.fit(limit, self.values, metadata)
+        yield self.untrained(asked, limit)
         if updates:
             try:
-                smaller = self.fit(int((1 - GROWTH) * limit), self.values, metadata)
-                metadata = self.metadata(asked, "finetuned", updates=updates)
-                yield finetuned(self.run, self.baseline, smaller, metadata, limit, updates)
+                yield self.finetuned(asked, limit, updates)
             except BudgetError as error:  # the other rows are not lost
                 tqdm.write(f"{asked}: the finetuned codes need {error.smallest:,} bytes, so there is no row of them")
+
+    def untrained(self, asked: str, limit: int) -> Model:
+        """The model of at most `limit` bytes by its own values. Raises BudgetError."""
+        return self.fit(limit, self.values, self.metadata(asked))
+
+    def finetuned(self, asked: str, limit: int, updates: int) -> Model:
+        """The model of at most `limit` bytes after so many updates. Raises BudgetError."""
+        larger = self.untrained(asked, int(HEAD_START * limit))
+        metadata = self.metadata(asked, "finetuned", updates=updates)
+        return finetuned(self.run, self.baseline, larger, metadata, limit, updates)
 
     def permuted(self, asked: str, limit: int, draws: int) -> Iterator[Model]:
         """The models of at most `limit` bytes by Fisher values that were permuted among tensors of like size. Feedback
@@ -195,51 +205,6 @@ class Maker:
         for draw in range(1, draws + 1):
             values = permute(self.values, strata, generator_of(self.run.sampling.seed, "Budget", asked, draw))
             yield self.fit(limit, values, self.metadata(asked, "permuted", draw=draw))
-
-
-def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: int, updates: int) -> Model:
-    """An entropy-coded model with the steps of `model`, its codes trained to predict what the baseline does; the file
-    keeps to `limit` bytes. Training makes codes a little longer, so `model` should be smaller by `GROWTH`. Raises
-    BudgetError.
-
-    The result is kept, and found by the same command again; the state of the training, ten times as large, goes.
-    """
-    steps = dict(zip(model.state, model.stored["entropy:steps"].tolist(), strict=True))
-    precision, seed = training_precision(run.device), run.training.seed
-    key = state_key(baseline.sha256, model.sha256, steps, run.data, seed, precision, updates)
-    state_path = run.out / f"finetuning-{key[:16]}.safetensors"
-    kept_path = run.out / "finetuned" / f"{key[:16]}-{limit}.safetensors"
-    kept = distributed.on_first(lambda: _kept_result(kept_path, metadata))
-    if kept is None:
-        schedule = schedule_of(baseline.config, run.device)
-        draw = sampler_of_digits(training_digits(run), schedule, seed)
-        network = baseline.network().to(run.device, memory_format=torch.channels_last)
-        weights = finetune(network, model.state, steps, draw, schedule, updates, precision, state_path)
-
-        def size(stored) -> int:
-            return file_bytes(coded_model(baseline, stored, metadata))
-
-        stored = distributed.on_first(lambda: allocation.requantize_to_size(weights, steps, size, limit))
-        kept = coded_model(baseline, stored, metadata)
-        if distributed.rank() == 0:
-            save_model(kept_path, kept)
-    if distributed.rank() == 0:
-        remove(state_path)
-    return kept
-
-
-def _kept_result(path: Path, metadata: dict) -> Model | None:
-    """The model of an earlier finetuning, if it is there, whole and says the same of itself."""
-    if not os.path.lexists(path):
-        return None
-    if not path.is_file():
-        raise UserError(f"{path}: is not a file, and a model has to be kept there; move it away")
-    try:
-        model = load_model(path)
-    except (UserError, OSError) as error:
-        tqdm.write(f"{error}; it is made anew")
-        return None
-    return model if model.metadata == json.loads(json.dumps(metadata)) else None
 
 
 def other_values(weights: dict[str, torch.Tensor], values: dict[str, float]) -> dict[str, dict[str, float]]:

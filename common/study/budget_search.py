@@ -7,6 +7,7 @@ from common.metrics.estimate import Estimate
 from common.study.rows import Figure
 
 START, STRIDE, RESOLUTION = 16.0, 1.25, 1.06  # of the search for a factor
+START_FINETUNED = 24.0  # where each try is finetuned
 
 
 def margin_of(reference: Estimate, share: float) -> float:
@@ -23,14 +24,14 @@ def lies_below(difference: Figure, margin: float) -> bool:
     return difference.value + 2 * difference.error < margin
 
 
-def search(acceptable: Callable[[float], bool], most: float) -> tuple[float | None, float | None]:
+def search(acceptable: Callable[[float], bool], most: float, start: float = START) -> tuple[float | None, float | None]:
     """The largest factor found acceptable, and the smallest that is larger and is not; None where none was found.
 
-    Walks from `START` in strides to where acceptable(times) changes, then halves the last stride until `RESOLUTION`.
+    Walks from `start` in strides to where acceptable(times) changes, then halves the last stride until `RESOLUTION`.
     Factors lie in 1..`most`.
     """
     low = high = None
-    times = min(START, math.floor(10 * most) / 10)
+    times = min(start, math.floor(10 * most) / 10)
     while 1 <= times <= most:
         if acceptable(times):
             low = times

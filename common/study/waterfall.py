@@ -4,7 +4,7 @@
 
 At each size, with steps by Fisher information: codes to the nearest ("nearest"); those whose fewer bits pay for their
 error ("no feedback"); and with feedback, which is all of layer_budget.py. Then all parts with steps by something else:
-Gauss-Newton values, mean squared weights ("magnitude"), or the same for all ("unweighted").
+Gauss-Newton values, mean squared weights ("magnitude"), or the same for all ("unweighted"). --finetune N trains the codes and steps of the whole, in addition.
 Each is a row, and its increase of the loss on held-out digits stands below the table.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from common.fisher.information import WORDS
 from common.formats.packed import Model
-from common.options import bounded_float, script_parser
+from common.options import bounded_float, positive_int, script_parser
 from common.study.budget_models import Maker, limits_of, other_values, require_reachable, tensor_values
 from common.study.codings import EntropyCoding
 from common.study.held_out import Judged, held_out
@@ -21,8 +21,14 @@ from common.study.pipeline import run_models
 from common.study.run import Run
 
 
-def models(run: Run, baseline: Model, limits: dict[str, int], others: dict[str, dict[str, float]]) -> Iterator[Judged]:
-    """One for each limit, {what was asked for: bytes}, and part.
+def models(
+    run: Run,
+    baseline: Model,
+    limits: dict[str, int],
+    others: dict[str, dict[str, float]],
+    updates: int | None = None,
+) -> Iterator[Judged]:
+    """One for each limit, {what was asked for: bytes}, and part; and one that was finetuned for so many `updates`.
 
     others: {variant: {tensor: value}}, what else may decide the steps. Raises UserError at once, before any work, for a
     limit that is too small.
@@ -42,6 +48,9 @@ def models(run: Run, baseline: Model, limits: dict[str, int], others: dict[str, 
             for variant, (coding, values) in parts.items():
                 model = maker.fit(limit, values, maker.metadata(asked, variant), coding)
                 yield Judged(model, digits.increase(model))
+            if updates:
+                model = maker.finetuned(asked, limit, updates)
+                yield Judged(model, digits.increase(model))
 
     return made()
 
@@ -56,12 +65,15 @@ def main():
         metavar="X",
         help="files X times smaller than FP32's tensors",
     )
+    parser.add_argument(
+        "--finetune", type=positive_int, metavar="N", help="also all parts, and then finetuned for N updates"
+    )
     parser.set_defaults(timestep_weighting="image")
     options = parser.parse_args()
 
     def build(run, evaluator, baseline):
         other = next(curvature for curvature in WORDS if curvature != run.curvature)
         values = tensor_values(replace(run, curvature=other), baseline)
-        return models(run, baseline, limits_of(baseline, options.times), others={WORDS[other]: values})
+        return models(run, baseline, limits_of(baseline, options.times), {WORDS[other]: values}, options.finetune)
 
     run_models(options, build)

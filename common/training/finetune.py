@@ -1,4 +1,9 @@
-"""Training on top of rounding: codes move to where the network's outputs are again those of the FP32 network."""
+"""Training on top of rounding, with the price of bits in the loss: codes move to where they are short and the network's
+outputs are those of the FP32 network.
+
+To the gradient of the squared difference of the outputs comes that of the bits (`common.training.price`), times a price
+that moves so that the file shrinks to the size asked for.
+"""
 
 import hashlib
 import json
@@ -13,28 +18,34 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from common.ddpm.schedule import Schedule
-from common.runtime import distributed, sealed
+from common.formats.packed import MIB
+from common.runtime import distributed
 from common.runtime.device import autocast, derive_seed
-from common.runtime.sealed import CheckpointError
+from common.training import price, quantized
+from common.training.finetune_state import REFRESH, load_state, read_state, save_state
 from common.training.loop import SAVE_SECONDS, stratified
+from common.training.price import SizeControl
+from common.training.quantized import Quantized, start_from
 
-METHOD_VERSION = 1  # grows whenever `finetune` or `sampler_of_digits` comes to give other weights
+METHOD_VERSION = 2  # grows whenever `finetune` or `sampler_of_digits` comes to give other weights
 BATCH = 64
+CYCLE = 256  # updates after which the same inputs come again, so that the network's own outputs are known
 CPU = torch.device("cpu")
-PEAK_RATE = 0.002  # of Adam, in steps of the weight's own lattice
-WARMUP = 0.1  # of the updates: Adam's first ones are all of full length
-INSIDE = 0.45  # of a step: how far from its code a latent weight starts at most; at half a step lies the next code
+RATE, STEP_RATE = 0.004, 0.002  # of Adam: of latent weights, in steps; of the logarithms of steps
+WARMUP = 0.05  # of the updates: Adam's first ones are all of full length
+RECOUNT = 10  # of these, from one file that is made to the next
+SPARE = 0.003  # of the bytes: what the last codes may differ from the ramp
 
 
-def state_key(
-    network: str, weights: str, steps: dict[str, float], data: str, seed: int, precision: str, updates: int
-) -> str:
+def state_key(network: str, weights: str, steps: dict[str, float], data: str, seed: int, precision: str, **more) -> str:
     """64 hexadecimal digits that differ wherever `finetune` would give other weights: a name for its state.
 
-    network, weights: hashes of the network's own weights and of those it starts from; data, seed: of its digits.
+    network, weights: hashes of the network's own weights and of those it starts from; data, seed: of its digits; more:
+    limit and updates.
     """
-    method = [METHOD_VERSION, BATCH, PEAK_RATE, WARMUP, INSIDE, torch.__version__]
-    of = [network, weights, sorted(steps.items()), data, seed, precision, updates, *method]
+    method = [METHOD_VERSION, BATCH, RATE, STEP_RATE, WARMUP, CYCLE, quantized.INSIDE, REFRESH, RECOUNT, SPARE]
+    method += [price.ABSENT, price.PROPORTIONAL, price.INTEGRAL, price.FARTHEST, price.MEMORY, torch.__version__]
+    of = [network, weights, sorted(steps.items()), data, seed, precision, sorted(more.items()), *method]
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()
 
 
@@ -42,51 +53,79 @@ def finetune(
     network: nn.Module,
     weights: dict[str, torch.Tensor],
     steps: dict[str, float],
-    draw: Callable[[int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
-    schedule: Schedule,
+    draw: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
+    size: Callable[[dict[str, torch.Tensor], dict[str, float]], int],
+    limit: int,
     updates: int,
     precision: str,
     state_path: Path,
-) -> dict[str, torch.Tensor]:
-    """Weights near `weights` {name: tensor} that, rounded to multiples of their `steps`, let `network` predict what it
-    does with its own; not rounded.
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Weights and steps, {name: tensor} and {name: step}, by which `network` predicts what it does with its own, and
+    whose codes take a file of about `limit` bytes. They start from `weights` and `steps`; the weights are not rounded,
+    and what is no parameter of the network stays as it is.
 
-    Each update takes draw(i), digits (N, 1, 32, 32), timesteps (N,) and noise, and moves the weights against the
-    gradient of the squared difference of the two predictions, the rounding taken for the identity (straight-through
-    estimator, Bengio et al. 2013). The weights start in the cells of their codes, on the side of the network's own: so
-    few cross at a time, where from the centres those with like gradients all would at once.
+    draw(i), i below `CYCLE`: inputs (N, C, H, W) and timesteps (N,) of the network, the same in all processes, which
+    share them; updates take one after the other, again and again. size(weights, steps): bytes of the file of the
+    weights rounded to these steps. precision: "fp32" or "bf16", of the products.
 
-    precision: "fp32" or "bf16", of the products. Continues from `state_path`, whose name should hold the `state_key`,
-    where it exists, writes it about once a minute, and leaves the result there for the caller to remove. A state that
-    is damaged or of another name is said in one line, and finetuning begins anew.
+    Continues from `state_path`, whose name should be of all that the result depends on, where it exists, writes it
+    about once a minute, and leaves the result there for the caller to remove. A state that is damaged or of another
+    name is said in one line, and finetuning begins anew.
     """
-    device = next(network.parameters()).device
-    lattice = {name: torch.tensor(step, dtype=torch.float32, device=device) for name, step in steps.items()}
-    latent = {}
-    for name, own in network.named_parameters():
-        codes = (weights[name].to(device) / lattice[name]).round()
-        latent[name] = nn.Parameter((own.detach() / lattice[name]).clamp(codes - INSIDE, codes + INSIDE))
-    optimizer = torch.optim.Adam(latent.values(), lr=PEAK_RATE, betas=(0.9, 0.999))
-    done, saved_at = 0, time.monotonic()
-    if (state := distributed.on_first(lambda: _read_state(state_path, latent, updates))) is not None:
-        done = _load_state(*state, latent, optimizer)
-    for i in tqdm(range(done, updates), desc="finetuning", initial=done, total=updates, unit="step"):
-        x0, t, noise = draw(i)
-        x = schedule.add_noise(x0, t, noise).contiguous(memory_format=torch.channels_last)
-        with autocast(device, precision):
-            with torch.no_grad():
-                target = network(x, t).float()
-            rounded = {name: (u + (u.round() - u).detach()) * lattice[name] for name, u in latent.items()}
-            loss = (functional_call(network, rounded, (x, t)).float() - target).square().mean()
-        optimizer.zero_grad()
+
+    def all_of(trained: Quantized) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """With what is no parameter of the network, in the order of `weights`."""
+        return weights | trained.unrounded(), steps | trained.steps()
+
+    trained = start_from(network, weights, steps)
+    parameters = list(trained.parameters().values())
+    groups = [{"params": list(trained.latents.values())}, {"params": list(trained.log_steps.values())}]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), fused=True)
+    for p in parameters:
+        p.grad = torch.zeros_like(p)  # also of those that the network does not use
+    done, control = 0, SizeControl(limit * (1 - SPARE), updates, sum(u.numel() for u in trained.latents.values()))
+    if (state := distributed.on_first(lambda: read_state(state_path, trained, control))) is not None:
+        tensors, done, found = state
+        load_state(tensors, trained, optimizer)
+        control = SizeControl(**found)
+    saved_at, targets = time.monotonic(), {}
+    bar = tqdm(range(done, updates), desc="finetuning", initial=done, total=updates, unit="step")
+    for i in bar:
+        turn = i % CYCLE
+        batch = draw(turn)
+        x, t = (distributed.part(of_all) for of_all in batch)
+        x = x.contiguous(memory_format=torch.channels_last)
+        with autocast(x.device, precision):
+            if turn not in targets:
+                with torch.no_grad():
+                    targets[turn] = network(x, t).float()
+            difference = functional_call(network, trained.rounded(), (x, t)).float() - targets[turn]
+        numbers = len(batch[0]) * math.prod(difference.shape[1:])  # of all processes
+        loss = difference.square().sum() * (distributed.processes() / numbers)
+        optimizer.zero_grad(set_to_none=False)
         loss.backward()
-        optimizer.param_groups[0]["lr"] = PEAK_RATE * rate_factor(i, updates)
-        optimizer.step()
-        if distributed.rank() == 0 and (time.monotonic() - saved_at > SAVE_SECONDS or i + 1 == updates):
-            _save_state(state_path, i + 1, latent, optimizer if i + 1 < updates else None)
+        distributed.average_gradients(parameters)
+        control.take_loss(i, float(distributed.mean(loss.detach())))
+        speed = rate_factor(i, updates)
+        if i % REFRESH == 0:
+            lengths, bits = price.measure(trained.latents)
+            if i % (REFRESH * RECOUNT) == 0:
+                in_file = distributed.on_first(lambda: size(*all_of(trained)))
+                control.overhead = in_file - bits / 8
+            control.take_bits(i, bits, speed)
+        for name, u in trained.latents.items():
+            u.grad.add_(lengths[name].slope(u.detach()), alpha=control.price)
+        for group, rate in zip(optimizer.param_groups, (RATE, STEP_RATE), strict=True):
+            group["lr"] = rate * speed
+        with trained.steps_alone():
+            optimizer.step()
+        bar.set_postfix_str(f"{control.size / MIB:.3f} MiB, error {control.error:.2e}", refresh=False)
+        due = time.monotonic() - saved_at > SAVE_SECONDS and (i + 1) % REFRESH == 0  # so that codes are looked at first
+        if distributed.rank() == 0 and (due or i + 1 == updates):
+            save_state(state_path, i + 1, trained, optimizer if i + 1 < updates else None, control)
             saved_at = time.monotonic()
     distributed.barrier()
-    return {name: (u.detach() * lattice[name]).cpu() for name, u in latent.items()}
+    return all_of(trained)
 
 
 def rate_factor(update: int, updates: int) -> float:
@@ -94,62 +133,15 @@ def rate_factor(update: int, updates: int) -> float:
     return min(1, (update + 1) / (WARMUP * updates)) * 0.5 * (1 + math.cos(math.pi * update / updates))
 
 
-def _save_state(path: Path, done: int, latent: dict[str, nn.Parameter], optimizer: torch.optim.Adam | None) -> None:
-    tensors = {f"latent/{name}": u for name, u in latent.items()}
-    if optimizer is not None:
-        for name, u in latent.items():
-            tensors |= {f"{key}/{name}": value for key, value in optimizer.state[u].items()}
-    sealed.save(path, "finetuning", tensors, {"updates": done, "name": path.name})
-
-
-def _read_state(path: Path, latent: dict[str, nn.Parameter], updates: int) -> tuple[dict, int] | None:
-    """Tensors and number of updates done; None, said in one line, where the file is not this finetuning's."""
-    if not path.exists():
-        return None
-    try:
-        tensors, metadata = sealed.load(path, "finetuning")
-        sealed.require_metadata(metadata, {"updates": int, "name": str})
-        done = metadata["updates"]
-        if metadata["name"] != path.name or not 0 < done <= updates:
-            raise ValueError("it is of another finetuning")
-        kinds = ("latent",) if done == updates else ("latent", "exp_avg", "exp_avg_sq")
-        expected = {f"{kind}/{name}": (torch.float32, u.shape) for kind in kinds for name, u in latent.items()}
-        if done < updates:
-            expected |= {f"step/{name}": (torch.float32, ()) for name in latent}
-        sealed.require_tensors(tensors, expected)
-        if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise ValueError("its numbers are not finite")
-    except CheckpointError as error:
-        tqdm.write(f"{error}; finetuning begins anew")
-        return None
-    except ValueError as error:
-        tqdm.write(f"{path} is damaged or of another version ({error}); finetuning begins anew")
-        return None
-    return tensors, done
-
-
-def _load_state(
-    tensors: dict[str, torch.Tensor], done: int, latent: dict[str, nn.Parameter], optimizer: torch.optim.Adam
-) -> int:
-    """Copies what `_read_state` gave into place and returns the number of updates done."""
-    for key, value in tensors.items():
-        kind, _, name = key.partition("/")
-        u = latent[name]
-        if kind == "latent":
-            u.data.copy_(value)
-        else:
-            optimizer.state[u][kind] = value if kind == "step" else torch.empty_like(u).copy_(value)
-    return done
-
-
 def sampler_of_digits(digits: torch.Tensor, schedule: Schedule, seed: int) -> Callable[[int], tuple]:
-    """draw(i) for `finetune`, from digits (M, 1, 32, 32): timesteps as dense as they weigh in the finished image."""
+    """draw(i) for `finetune`, from digits (M, ...) in [-1, 1]: noised, timesteps as dense as they weigh in the finished
+    image."""
 
-    def draw(i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def draw(i: int) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(derive_seed(seed, "finetune", i))
         chosen = torch.randint(len(digits), (BATCH,), generator=generator)
-        t = schedule.timesteps_at(stratified(BATCH, CPU, generator))
-        noise = torch.randn(BATCH, *digits.shape[1:], generator=generator)
-        return digits[chosen], t.to(digits.device), noise.to(digits.device)
+        t = schedule.timesteps_at(stratified(BATCH, CPU, generator)).to(digits.device)
+        noise = torch.randn(BATCH, *digits.shape[1:], generator=generator).to(digits.device)
+        return schedule.add_noise(digits[chosen], t, noise), t
 
     return draw

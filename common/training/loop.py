@@ -139,7 +139,7 @@ def train(
             loss = denoising_loss(network, schedule, x0[mine], t[mine], noise[mine]).mean()
         network.zero_grad(set_to_none=True)
         loss.backward()
-        distributed.average_gradients(network)
+        distributed.average_gradients(parameters.values())
         nn.utils.clip_grad_norm_(parameters.values(), config.gradient_clip, foreach=True)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * learning_rate_factor(config, step)
