@@ -85,7 +85,7 @@ def as_it_is(network):
     import torch
 
     class AsItIs(torch.nn.Module):
-        config = network.config
+        architecture = network.architecture
 
         def forward(self, x, t):
             with torch.inference_mode(False), torch.no_grad():
@@ -102,8 +102,7 @@ def main():
 
     import torch
 
-    from common.ddpm.digits import load_digits
-    from common.ddpm.schedule import Schedule
+    from common.ddpm.architecture import schedule_of
     from common.formats.packed import MIB
     from common.runtime import distributed
     from common.study.baselines import load_baseline
@@ -119,8 +118,8 @@ def main():
     baseline, evaluator = load_baseline(run), make_evaluator(run)
     original, settings = evaluator.measure(baseline), settings_of(run, evaluator, baseline.sha256)
     timesteps = torch.linspace(0, run.preset.network.timesteps - 1, 128).long().tolist()
-    x0, t, noise = noised(run, load_digits(run.data, "train", run.data_dir), timesteps)
-    samples = Schedule(run.preset.network.timesteps).add_noise(x0, t, noise), t, noise
+    x0, t, noise = noised(run, run.load_images("train"), timesteps)
+    samples = schedule_of(run.preset.network).add_noise(x0, t, noise), t, noise
     rows, failures = [baseline_row(settings, baseline, original, run.checkpoint)], []
     for name, (package, quantize) in PEERS.items():
         try:

@@ -328,7 +328,7 @@ def test_a_script_takes_a_model_and_images(folders, pictures, tiny_preset, tmp_p
     """Rows, packed files and a report, without a word of digits; the packed file is all that its row needs."""
     import layer_budget
     import simplediffusion
-    from common.study import report
+    from common.study import report, sensitivity, timesteps
     from common.study.rows import ResultStore
 
     def run(module, *arguments):
@@ -350,6 +350,9 @@ def test_a_script_takes_a_model_and_images(folders, pictures, tiny_preset, tmp_p
     (alone,) = ResultStore(Path("again/results.jsonl")).rows()[-1:]
     assert (alone.weights, alone.fid_unbiased) == (budget.weights, budget.fid_unbiased)
     assert "Budget 3x (entropy)" in run(report, *model)
+    assert "INT4 at timesteps" in run(timesteps, *model, *given, "--format", "int4")
+    measured = run(sensitivity, *model, "--data", pictures, "--formats", "int4", "--digits", 4, "--device", "cpu")
+    assert "up_blocks.1" in measured and "Model pipeline" in measured
     with pytest.raises(UserError, match="--retrain: is not needed"):
         run(simplediffusion, *model, *given, "--retrain")
     with pytest.raises(UserError, match="--metric mnist"):
