@@ -43,7 +43,7 @@ docs: .venv/installed-test
 	$(PIP) install -q -r requirements.txt
 	touch $@
 
-.venv/installed-test: .venv/installed requirements-test.txt
+.venv/installed-test: .venv/installed requirements-test.txt requirements-openvino.txt
 	$(PIP) install -q -r requirements-test.txt
 	touch $@
 

@@ -4,8 +4,12 @@
 
 What is kept of each image is part of it: 1 KiB of pixels, for the metrics 1 KiB of features too, and for Fisher
 information 4 KiB of the digit and 4 KiB of its noise, as FP32.
+
+Below stands what sampling holds by each engine and in each precision: the resident memory when a batch of 50 has been
+sampled, beyond that of the same process before it had the network. OpenVINO reads a file of python -m common export.
 """
 
+import gc
 import resource
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,6 +20,8 @@ from common.options import Parser, positive_int
 from common.presets import PRESETS
 
 WORKS = ("sampling", "Fisher", "metrics")
+BATCH = 50
+BY_OPENVINO = ("fp32", "bf16", "int8", "mixed")
 
 
 def peak(work: str, preset_name: str, images: int) -> float:
@@ -47,6 +53,63 @@ def peak(work: str, preset_name: str, images: int) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def held(engine: str, precision: str, preset_name: str, file: Path | None) -> float:
+    """MiB that this process holds after a batch of 50 in two steps, beyond what it held before it had the network."""
+    import torch
+
+    from common.ddpm.noise import NoiseStreams
+    from common.ddpm.samplers import sample
+    from common.ddpm.sampling import Sampling, prepare_torch
+    from common.ddpm.schedule import Schedule
+    from common.ddpm.unet import UNet
+    from common.engines.openvino import denoiser
+    from common.runtime.device import set_up_torch
+
+    set_up_torch()
+    if engine == "openvino":
+        import openvino
+
+        core = openvino.Core()
+    noise, schedule = NoiseStreams(0, range(BATCH)), Schedule(PRESETS[preset_name].network.timesteps)
+    before = resident()
+    if engine == "openvino":
+        denoise = denoiser(core.read_model(file), precision)
+    else:
+        sampling = Sampling(BATCH, "ddim", 2, 1.0, BATCH, 0, "cpu", precision)
+        denoise = prepare_torch(UNet(PRESETS[preset_name].network).eval(), sampling, torch.device("cpu"))
+    sample(denoise, schedule, noise, "ddim", 2, 1.0)
+    gc.collect()
+    return resident() - before
+
+
+def resident() -> float:
+    """MiB of this process that are in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def write_graphs(preset_name: str, folder: Path) -> None:
+    """Files of the network with random weights for each of `BY_OPENVINO`."""
+    import torch
+
+    from common.ddpm.sampling import Sampling
+    from common.ddpm.unet import UNet
+    from common.engines.calibration import BATCH as CALIBRATION_BATCH
+    from common.engines.engine import OpenVINO
+    from common.engines.export import save_openvino
+
+    network, images = UNet(PRESETS[preset_name].network).eval(), torch.rand(2 * CALIBRATION_BATCH, 1, 32, 32) * 2 - 1
+    for precision in BY_OPENVINO:
+        sampling = Sampling(BATCH, "ddim", 2, 1.0, BATCH, 0, "cpu", precision)
+        (folder / precision).mkdir()
+        save_openvino(folder / precision, OpenVINO(images, "noise", folder).graph(network, "", {}, sampling))
+
+
+def apart(work, *arguments):
+    """What work(*arguments) returns in a process of its own."""
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, arguments)
+
+
 def main():
     parser = Parser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="quick")
@@ -57,9 +120,25 @@ def main():
     for work in WORKS:
         peaks = []
         for images in options.images:
-            with get_context("spawn").Pool(1) as pool:
-                peaks.append(pool.apply(peak, (work, options.preset, images)))
+            peaks.append(apart(peak, work, options.preset, images))
         print(f"{work:12}" + "".join(f"{mib:>10.0f}" for mib in peaks), flush=True)
+    print(f"\n{f'held when sampling, batch {BATCH}':34}{'MiB':>8}")
+    print_held(options.preset)
+
+
+def print_held(preset_name: str) -> None:
+    from common.engines.openvino import installed_version
+
+    for precision in ("fp32", "bf16"):
+        print(f"{f'torch {precision}':34}{apart(held, 'torch', precision, preset_name, None):>8.0f}", flush=True)
+    if not all(map(installed_version, ("openvino", "nncf"))):
+        print("openvino is not installed: pip install -r requirements-openvino.txt")
+        return
+    with TemporaryDirectory() as folder:
+        apart(write_graphs, preset_name, Path(folder))
+        for precision in BY_OPENVINO:
+            mib = apart(held, "openvino", precision, preset_name, Path(folder) / precision / "model.xml")
+            print(f"{f'openvino {precision}':34}{mib:>8.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,10 @@ def as_it_is(network):
 
 
 def main():
-    options = script_parser(__doc__).parse_args()
+    parser = script_parser(__doc__)
+    options = parser.parse_args()
+    if options.engine != "torch":
+        parser.error("argument --engine: the packages' networks are sampled by torch alone; leave it out")
 
     import torch
 

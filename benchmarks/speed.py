@@ -6,8 +6,9 @@
 The published way (benchmarks/published.py) runs in a process of its own, and its FID by pytorch-fid's command over two
 folders of PNG files (its Inception network has random weights here: the work is the same, and no FID is printed).
 Times are medians of several rounds after one that does not count; the slow FID is timed once. "of peak" is the
-arithmetic rate of the network as a share of this machine's own rate for a product of large matrices in the same
-precision. bfloat16 is left out where the processor emulates it.
+arithmetic rate of the network as a share of the fastest kernel's of the same precision (benchmarks/peak.py); of mixed,
+whose layers are of two precisions, as a share of that of 8 bits. bfloat16 is left out where the processor emulates it,
+OpenVINO where it is not installed. Weights are random, and so is what activations of 8 bits are calibrated on.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
@@ -30,11 +32,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks import published
+from benchmarks.peak import higher, peaks
 from benchmarks.published import fisher_samples, now, timed
 from common.ddpm.noise import NoiseStreams
 from common.ddpm.samplers import sample
+from common.ddpm.sampling import Sampling
 from common.ddpm.schedule import Schedule, denoising_loss
 from common.ddpm.unet import UNet
+from common.engines.calibration import BATCH as CALIBRATION_BATCH
+from common.engines.engine import OpenVINO, is_integer
+from common.engines.openvino import denoiser, installed_version
 from common.errors import run_main
 from common.fisher.information import fisher_information
 from common.options import Parser, file_name, positive_int
@@ -47,12 +54,13 @@ from common.training.loop import train
 FID_IMAGES = 100  # in each folder
 FID_WORK = f"FID of {FID_IMAGES} images"
 SAMPLING_STEPS = 2
-MATRIX = 2048
+BY_OPENVINO = ("fp32", "bf16", "int8", "mixed")
+SAMPLING = "sampling, image and step"
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds for one unit of work; `of_peak`: share of the machine's matrix-product rate."""
+    """Seconds for one unit of work; `of_peak`: share of the machine's arithmetic rate."""
 
     work: str
     way: str
@@ -74,34 +82,34 @@ def speed(preset: Preset, device: torch.device, rounds: int) -> list[Timing]:
 
     ways: dict[tuple[str, str], tuple[Callable[[], float], float, str]] = {
         # (work, way): (seconds for one unit of work, arithmetic operations of one, precision)
-        ("sampling, image and step", "published"): (as_published(published.sampling), flops, "fp32"),
-        ("sampling, image and step", "fp32"): (lambda: sampling(ours, device, batch, "fp32"), flops, "fp32"),
-        ("sampling, image and step", "bf16"): (lambda: sampling(ours, device, batch, "bf16"), flops, "bf16"),
+        (SAMPLING, "published"): (as_published(published.sampling), flops, "fp32"),
+        (SAMPLING, "fp32"): (lambda: sampling(ours, device, batch, "fp32"), flops, "fp32"),
+        (SAMPLING, "bf16"): (lambda: sampling(ours, device, batch, "bf16"), flops, "bf16"),
         ("training, digit", "published"): (as_published(published.training), 3 * flops, "fp32"),
         ("training, digit", "fp32"): (lambda: training(preset, device, "fp32"), 3 * flops, "fp32"),
         ("training, digit", "bf16"): (lambda: training(preset, device, "bf16"), 3 * flops, "bf16"),
         ("Fisher, digit", "published"): (as_published(published.fisher), 3 * flops, "fp32"),
         ("Fisher, digit", "fp32"): (lambda: fisher(ours, device, digits), 3 * flops, "fp32"),
     }
+    by_openvino = device.type == "cpu" and all(map(installed_version, ("openvino", "nncf")))
+    if by_openvino:
+        for precision, seconds in openvino_ways(ours, batch).items():
+            ways[SAMPLING, f"openvino {precision}"] = seconds, flops, "int8" if is_integer(precision) else precision
     if not bf16_is_faster(device):
         ways = {key: way for key, way in ways.items() if way[2] != "bf16"}
-    peaks = {used: [] for _, _, used in ways.values()}
+    precisions, fastest = list(dict.fromkeys(used for _, _, used in ways.values())), {}
     times = {key: [] for key in ways}
     for round_ in tqdm(range(rounds + 1), desc="speed", unit="round"):
-        for used, rates in peaks.items():
-            rates.append(matrix_rate(device, used))
+        fastest = higher(fastest, peaks(device, precisions, by_openvino))
         for key, (work, _, _) in ways.items():
             seconds = work()
             if round_ > 0:
                 times[key].append(seconds)
     apart.shutdown()
-    result = [
-        Timing(f"product of {MATRIX}x{MATRIX} matrices", p, 2 * MATRIX**3 / max(rates), 1.0)
-        for p, rates in peaks.items()
-    ]
+    result = [Timing(f"10^9 operations: {peak.kernel}", p, 1e9 / peak.rate, 1.0) for p, peak in fastest.items()]
     for (work, way), (_, operations, used) in ways.items():
         seconds = statistics.median(times[work, way])
-        result.append(Timing(work, way, seconds, operations / seconds / max(peaks[used])))
+        result.append(Timing(work, way, seconds, operations / seconds / fastest[used].rate))
     return result + fid_timings(device)
 
 
@@ -113,12 +121,21 @@ def forward_flops(network: UNet, device: torch.device) -> float:
     return counter.get_total_flops()
 
 
-def matrix_rate(device: torch.device, precision: str) -> float:
-    """Floating-point operations a second of a product of large matrices."""
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    a, b = torch.randn(2, MATRIX, MATRIX, device=device).to(dtype)
-    a @ b
-    return 2 * MATRIX**3 / timed(device, lambda: a @ b)
+def openvino_ways(network: UNet, batch: int) -> dict[str, Callable[[], float]]:
+    """{precision: seconds for an image and step} of sampling by OpenVINO."""
+    images = torch.rand(4 * CALIBRATION_BATCH, 1, 32, 32) * 2 - 1
+    with TemporaryDirectory() as folder:
+        engine = OpenVINO(images, "noise", Path(folder))
+        settings = Sampling(batch, "ddim", SAMPLING_STEPS, 1.0, batch, 0, "cpu", "fp32")
+        graphs = {p: engine.graph(deepcopy(network), "", {}, replace(settings, precision=p)) for p in BY_OPENVINO}
+    denoisers = {precision: denoiser(graph, precision) for precision, graph in graphs.items()}
+
+    def seconds(denoise) -> float:
+        noise, schedule = NoiseStreams(0, range(batch)), Schedule(network.config.timesteps)
+        work = lambda: sample(denoise, schedule, noise, "ddim", SAMPLING_STEPS, 1.0)  # noqa: E731
+        return timed(torch.device("cpu"), work) / batch / SAMPLING_STEPS
+
+    return {precision: partial(seconds, denoise) for precision, denoise in denoisers.items()}
 
 
 def sampling(network: UNet, device: torch.device, batch: int, precision: str) -> float:
@@ -188,11 +205,11 @@ def fid_timings(device: torch.device) -> list[Timing]:
 def format_timings(timings: list[Timing]) -> str:
     """A table; each way's speed is that of the published way over it."""
     by_published = {t.work: t.seconds for t in timings if t.way == "published"}
-    lines = [f"{'work':34}{'way':>11}{'ms':>11}{'faster':>9}{'of peak':>9}"]
+    lines = [f"{'work':40}{'way':>15}{'ms':>11}{'faster':>9}{'of peak':>9}"]
     for t in timings:
         peak = "-" if t.of_peak is None else f"{t.of_peak:.1%}"
         ratio = f"{by_published[t.work] / t.seconds:.2f}x" if t.work in by_published else "-"
-        lines.append(f"{t.work:34}{t.way:>11}{1000 * t.seconds:>11.3f}{ratio:>9}{peak:>9}")
+        lines.append(f"{t.work:40}{t.way:>15}{1000 * t.seconds:>11.3f}{ratio:>9}{peak:>9}")
     return "\n".join(lines)
 
 

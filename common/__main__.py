@@ -11,6 +11,8 @@ COMMANDS = {  # name: (module, what it does)
     "metrics": ("common.study.score_folder", "FID, KID and score of a folder of digits"),
     "sensitivity": ("common.study.sensitivity", "does Fisher information say which tensors quantization hurts?"),
     "timesteps": ("common.study.timesteps", "which steps of sampling does quantization hurt?"),
+    "engines": ("common.study.engines", "what do engines and precisions cost, and what do they save?"),
+    "export": ("common.study.export", "writes a model that runs without this project, in OpenVINO's format or ONNX"),
     "waterfall": ("common.study.waterfall", "what does each part of layer_budget.py buy?"),
     "learning-curve": ("common.study.learning_curve", "how FID fell in training"),
     "unpack": ("common.study.unpack", "writes a packed model as a folder that diffusers loads"),

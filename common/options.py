@@ -138,7 +138,7 @@ def script_parser(description: str, *, formats: bool = False, fisher: bool = Fal
         _add_quantization(parser.add_argument_group("quantization"), formats, fisher)
     parser.set_defaults(
         samples=samples, images=None, seeds=1, sampler=None, steps=None, eta=None, batch_size=None, precision="fp32",
-        metric=None, inception_weights=None,
+        metric=None, inception_weights=None, engine="torch",
     )  # fmt: skip
     if samples:
         _add_sampling(parser.add_argument_group("sampling"))
@@ -210,7 +210,15 @@ def _add_sampling(group) -> None:
         metavar="N",
         help="images sampled at once; default: 50 on a CPU, 250 on CUDA",
     )
-    group.add_argument("--precision", choices=("fp32", "bf16"), help="of the network when sampling")
+    group.add_argument(
+        "--engine", choices=("torch", "openvino"), help="what runs the network; openvino: CPU, an extra to install"
+    )
+    group.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "int8", "mixed"),
+        help="of the network when sampling; of openvino alone: int8 weights and activations, or those but for the "
+        "layers that it costs most, which take bf16 (mixed)",
+    )
 
 
 def strategy_parser(description: str, *, formats: bool = True) -> Parser:

@@ -12,7 +12,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 SCRIPTS = ("simplediffusion.py", "whole_threshold.py", "layer_group.py", "layer_ratio.py", "layer_math.py")
@@ -69,7 +69,7 @@ def case(name: str, line: str, *said: str, more: tuple[str, ...] = (), **setting
 def all_cases() -> list[Case]:
     kinds = (
         numbers, choices, combinations, devices, paths_out, paths_checkpoint, damaged_models, damaged_states,
-        damaged_rows, damaged_sensitivity, folders_of_images, mnist, inception, tools, processes,
+        damaged_rows, damaged_sensitivity, folders_of_images, own_models, mnist, inception, tools, processes,
     )  # fmt: skip
     return list(itertools.chain.from_iterable(kind() for kind in kinds))
 
@@ -201,7 +201,7 @@ def choices() -> Iterator[Case]:
     options = {
         "--preset": ("huge", "", "Quick"), "--data": ("cifar", ""), "--format": ("int1", "fp32", "INT8", ""),
         "--timestep-weighting": ("2", "", "all"), "--fisher-timestep": ("2", ""), "--curvature": ("hessian", ""),
-        "--sampler": ("euler", ""), "--precision": ("fp8", ""),
+        "--sampler": ("euler", ""), "--precision": ("fp8", ""), "--engine": ("onnx", ""),
         "--metric": ("clip", ""),
     }  # fmt: skip
     scripts = itertools.cycle(SCRIPTS[1:])
@@ -892,6 +892,108 @@ def mnist_files(**other: Callable[[Path], None] | bytes | None) -> Callable[[Pat
                 put(f"mnist/MNIST/raw/{name}", content, folder)
 
     return setup
+
+
+@cache
+def own_model_files() -> dict[str, bytes]:
+    """{name: content} of a folder of diffusers: a network for 8x8 images of 3 channels, which nobody has trained."""
+    import torch
+    from safetensors.torch import save
+
+    from common.ddpm.pipelines import DiffusersConfig
+    from common.formats.packed import tensor_shapes
+
+    unet = {
+        "_class_name": "UNet2DModel", "sample_size": 8, "block_out_channels": [4, 8], "norm_num_groups": 2,
+        "down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"],
+        "layers_per_block": 1, "attention_head_dim": 4,
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    shapes = tensor_shapes(DiffusersConfig.of(unet))
+    state = {name: torch.randn(shape, generator=generator) for name, (shape, _) in shapes.items()}
+    return {
+        "own/model_index.json": json.dumps({"_class_name": "DDPMPipeline", "unet": [], "scheduler": []}).encode(),
+        "own/unet/config.json": json.dumps(unet).encode(),
+        "own/unet/diffusion_pytorch_model.safetensors": save(state),
+        "own/scheduler/scheduler_config.json": json.dumps({"_class_name": "DDPMScheduler"}).encode(),
+    }
+
+
+def own_model(folder: Path, **changed: bytes | Callable[[bytes], bytes]) -> None:
+    """Writes `own_model_files` and pictures/, 60 PNG files; changed: {end of a name: content, or a function
+    of what it would be}, with __ for a dot."""
+    files = own_model_files() | {f"pictures/{i}.png": png(8, 8, colour=2) for i in range(60)}
+    for end, content in changed.items():
+        (name,) = (name for name in files if name.endswith(end.replace("__", ".")))
+        files[name] = content(files[name]) if callable(content) else content
+    for name, content in files.items():
+        put(name, content, folder)
+
+
+def own_models() -> Iterator[Case]:
+    line = "layer_ratio.py --model own --data pictures --images 300 --steps 2 --device cpu"
+
+    def refused(name: str, *said: str, line: str = line, more: Callable[[Path], None] | None = None, **changed) -> Case:
+        def setup(folder: Path) -> None:
+            own_model(folder, **changed)
+            if more:
+                more(folder)
+
+        return case(f"own model: {name}", line, *said, setup=setup, bare=True)
+
+    def entries(**new) -> Callable[[bytes], bytes]:
+        return lambda content: json.dumps(json.loads(content) | new).encode()
+
+    weights = "own/unet/diffusion_pytorch_model.safetensors"
+    two = puts(weights.replace("model.s", "model.fp16.s"), b"")
+    yield refused("no folder", "--model absent", line=line.replace("own", "absent"))
+    yield refused("a file", "--model", "not a folder", line=line.replace("own", f"{weights}"))
+    yield refused("no config", "--model own", "config.json", more=lambda f: (f / "own/unet/config.json").unlink())
+    yield refused("two files of weights", "--model own", "fp16", more=two)
+    yield refused(
+        "a pickle",
+        "--model own",
+        "pickle",
+        more=lambda f: (f / weights).rename(f / "own/unet/diffusion_pytorch_model.bin"),
+    )
+    yield refused("no weights", "--model own", "safetensors", more=lambda f: (f / weights).unlink())
+    yield refused("truncated", "--model own", "safetensors", model__safetensors=lambda content: content[:-8])
+    for name, said, new in (
+        ("another class", "UNet1DModel", {"_class_name": "UNet1DModel"}),
+        ("classes", "num_class_embeds", {"num_class_embeds": 10}),
+        ("channels", "out_channels", {"out_channels": 6}),
+        ("shapes", "tensor", {"block_out_channels": [4, 4]}),
+        ("numbers", "layers_per_block", {"layers_per_block": 10**12}),
+        ("blocks", "down_block_types", {"down_block_types": ["Block", "Block"]}),
+    ):
+        yield refused(name, "--model own", said, **{"unet/config__json": entries(**new)})
+    yield refused("config of text", "--model own", "config.json", **{"unet/config__json": b"{"})
+    yield refused("deep config", "--model own", "config.json", **{"unet/config__json": DEEP.encode()})
+    yield refused("latents", "--model own", "vqvae", index__json=entries(vqvae=["diffusers", "VQModel"]))
+    flow = entries(_class_name="FlowMatchEulerDiscreteScheduler")
+    yield refused("flow matching", "--model own", "FlowMatch", scheduler_config__json=flow)
+    yield refused("prediction", "--model own", "prediction_type", scheduler_config__json=entries(prediction_type="x"))
+    yield refused("no --data", "--data", line=line.replace("--data pictures", ""))
+    yield refused("digits in colour", "--data mnist5k", line=line.replace("pictures", "mnist5k"))
+    yield refused("no pictures", "--data nothing", line=line.replace("pictures", "nothing"))
+    yield refused("an empty folder", "--data own/scheduler", line=line.replace("pictures", "own/scheduler"))
+    yield refused(
+        "few pictures", "--data pictures", more=lambda f: [path.unlink() for path in list(f.glob("pictures/*"))[5:]]
+    )
+    yield refused("a grey picture", "pictures/7.png", "grey", more=puts("pictures/7.png", png(8, 8)))
+    yield refused("a broken picture", "pictures/7.png", more=puts("pictures/7.png", png(8, 8, colour=2)[:50]))
+    yield refused("a preset too", "--preset quick", line=f"{line} --preset quick")
+    yield refused("features of digits", "--metric mnist", line=f"{line} --metric mnist")
+    yield refused("too many layers", "--groups", line=line.replace("layer_ratio", "layer_group") + " --groups 123/456")
+    yield refused("--retrain", "--retrain", line=line.replace("layer_ratio", "simplediffusion") + " --retrain")
+    yield refused("report of two", "--model", line="common report --model own --preset quick")
+    yield case("a folder without --model", f"layer_ratio.py {QUICK} --data pictures", "--data pictures", "--model")
+    yield case("unpack into a full folder", f"common unpack {PACKED} --out results", "--out results")
+    yield case("unpack no model", f"common unpack {ROWS} --out new", ROWS)
+    yield case("unpack without --out", f"common unpack {PACKED}", "--out")
+    yield case("samples of no model", "common samples absent.safetensors", "absent.safetensors")
+    yield case("samples to a jpg", f"common samples {PACKED} --out grid.jpg", "--out", "grid.jpg")
+    yield case("samples in many steps", f"common samples {PACKED} --steps 2000", "--steps 2000")
 
 
 def mnist() -> Iterator[Case]:

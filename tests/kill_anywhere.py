@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forks import QUICK, finish, kill, preload, set_everywhere, start, wait
+from tiny_runs import content_of
 
 OUT = "results/quick"
 
@@ -48,7 +49,7 @@ PHASES = (
 def files(folder: Path) -> dict[str, bytes]:
     """All files under checkpoints/ and results/ but locks."""
     paths = [p for top in ("checkpoints", "results") for p in (folder / top).rglob("*") if p.is_file()]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in paths if p.suffix != ".lock"}
+    return {str(p.relative_to(folder)): content_of(p) for p in paths if p.suffix != ".lock"}
 
 
 def remove(folder: Path, patterns: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import memory, peers, profile, published, samplers, speed
+from benchmarks import memory, peak, peers, profile, published, samplers, speed, time_per_image
 from common.ddpm.unet import UNet
 from common.errors import UserError
 from common.presets import PRESETS
@@ -27,14 +27,19 @@ def test_operations_of_the_paper_network_are_those_known():
 
 
 def test_speed_names_each_way_and_compares_it_with_the_published_one(tiny_preset, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(speed, "MATRIX", 64)
+    monkeypatch.setattr(peak, "MATRIX", 64)
+    monkeypatch.setattr(peak, "CHANNELS", 8)
+    monkeypatch.setattr(speed, "BY_OPENVINO", ("int8",))
     monkeypatch.setattr(speed, "fid_timings", lambda device: [speed.Timing("FID", "published", 6.0, None)])
     monkeypatch.setattr(speed, "bf16_is_faster", lambda device: False)
     printed = run(speed, monkeypatch, capsys, "--preset", "quick", "--rounds", "1", "--json", str(tmp_path / "s.json"))
     timings = json.loads((tmp_path / "s.json").read_text())["timings"]
     ways = [(t["work"], t["way"]) for t in timings]
-    assert len(ways) == len(set(ways)) == 8
-    assert {way for _, way in ways} == {"published", "fp32"}
+    assert len(ways) == len(set(ways))
+    sampled = {way for work, way in ways if work == speed.SAMPLING}
+    assert sampled == {"published", "fp32", "openvino int8"}
+    assert {way for work, way in ways if work.startswith("training")} == {"published", "fp32"}
+    assert {way for work, way in ways if work.startswith("10^9 operations")} == {"fp32", "int8"}
     assert all(t["seconds"] > 0 for t in timings)
     for timing in timings:
         assert timing["work"] in printed
@@ -91,7 +96,27 @@ def test_samplers_names_the_fewest_steps_that_are_near():
 
 
 def test_memory_prints_a_line_for_each_work(tiny_preset, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "BY_OPENVINO", ("int8",))
     printed = run(memory, monkeypatch, capsys, "--images", "260").splitlines()
     assert printed[2].split() == ["images", "260"]
-    for line, work in zip(printed[3:], memory.WORKS, strict=True):
+    for line, work in zip(printed[3:6], memory.WORKS, strict=True):
         assert line.split()[0] == work and all(float(mib) > 50 for mib in line.split()[1:])
+    assert [line.rsplit(maxsplit=1)[0] for line in printed[8:]] == ["torch fp32", "torch bf16", "openvino int8"]
+    assert all(float(line.split()[-1]) > 1 for line in printed[8:])
+
+
+def test_time_per_image_names_the_cheapest_way_that_is_as_good():
+    ways = [
+        time_per_image.Way("published", 40_000.0, (0.0, 0.0)),
+        time_per_image.Way("DDPM 1000, torch fp32", 10_000.0, (0.0, 0.0)),
+        time_per_image.Way("DPM-Solver++ 20, torch fp32", 200.0, (0.001, 0.002)),
+        time_per_image.Way("DPM-Solver++ 10, openvino int8", 40.0, (0.02, 0.002)),
+        time_per_image.Way("DPM-Solver++ 20, openvino int8", 80.0, (0.002, 0.002)),
+    ]
+    printed = time_per_image.format_ways(ways).splitlines()
+    waterfall = [line.rsplit(maxsplit=3) for line in printed[printed.index("", 1) + 2 :]]
+    assert [line[0].strip() for line in waterfall] == [ways[i].name for i in (0, 1, 2, 4)]
+    assert [line[1:] for line in waterfall] == [
+        ["40000.00", "1x", "1.0x"], ["10000.00", "4x", "4.0x"], ["200.00", "200x", "50.0x"], ["80.00", "500x", "2.5x"]
+    ]  # fmt: skip
+    assert "none of" in time_per_image.format_ways([*ways[:2], ways[3]])

@@ -22,6 +22,7 @@ from common.options import script_parser
 from common.presets import PRESETS
 from common.runtime import sealed
 from common.study import evaluate, learning_curve, report, score_folder
+from common.study import run as study_run
 from common.study.evaluate import make_evaluator
 from common.study.run import start
 
@@ -30,7 +31,7 @@ SCRIPTS = ("simplediffusion", "whole_threshold", "layer_group", "layer_ratio", "
 PATHS = ("simplediffusion", "layer_ratio")  # the two ways through the pipeline: what scripts share has no more
 SHARED = [
     "--preset", "--checkpoint", "--data", "--data-dir", "--images", "--sampler",
-    "--steps", "--eta", "--batch-size", "--seed", "--seeds", "--device", "--precision", "--metric",
+    "--steps", "--eta", "--batch-size", "--seed", "--seeds", "--device", "--precision", "--engine", "--metric",
     "--inception-weights", "--out", "--dry-run",
 ]  # fmt: skip
 
@@ -42,13 +43,13 @@ def files(folder):
 @pytest.fixture
 def few_digits(monkeypatch):
     """An eighth of the training digits, so that their features take no time."""
-    load = evaluate.load_digits
+    load = study_run.load_digits
 
     def load_few(data, split, data_dir):
         digits = load(data, split, data_dir)
         return digits[::8] if split == "train" else digits
 
-    monkeypatch.setattr(evaluate, "load_digits", load_few)
+    monkeypatch.setattr(study_run, "load_digits", load_few)
 
 
 @pytest.fixture
@@ -109,7 +110,6 @@ def write_model(path, network):
         ("--preset", "huge"),
         ("--sampler", "euler"),
         ("--metric", "clip"),
-        ("--data", "cifar"),
         ("--precision", "fp8"),
         ("--timestep-weighting", "2"),
         ("--fisher-timestep", "2"),
@@ -173,6 +173,11 @@ def test_math_takes_either_alpha_or_k(refused):
 def test_groups(refused, groups, said):
     message = refused("layer_group", "--groups", "12/3456", groups)
     assert "argument --groups" in message and repr(groups) in message and said in message
+
+
+def test_a_folder_of_images_goes_with_a_model(refused):
+    message = refused("layer_ratio", "--preset", "quick", "--data", "cifar")
+    assert "--data cifar" in message and "--model" in message and "mnist5k" in message
 
 
 def test_more_steps_than_timesteps(refused):
@@ -543,7 +548,7 @@ def test_help_shows_shared_options_and_defaults(script, tmp_path):
     for option in SHARED + own.get(script, ["--format", "--timestep-weighting"]):
         assert option in shown
     assert f"python {script}.py" in shown
-    for option, default in [("--data-dir", "data"), ("--seed", "0"), ("--seeds", "1"), ("--metric", "mnist")]:
+    for option, default in [("--data-dir", "data"), ("--seed", "0"), ("--seeds", "1")]:
         own = shown.split(f" {option} ")[-1].split(" --")[0]
         assert f"(default: {default})" in own, option
 

@@ -111,7 +111,7 @@ def test_table_is_that_of_the_networks_output(run_and_model, tiny_network):
     run, model = run_and_model
     table = diffusion_fisher.curvature_table(run, model)
     assert table.kind == "gauss-newton" and table.timesteps == [1, 250, 750] and table.samples == [4, 2, 2]
-    digits = diffusion_fisher.load_digits(run.data, "train", run.data_dir)
+    digits = run.load_images("train")
     x0, t, noise = diffusion_fisher.noised(run, digits, [250] * 2)
     # The bias of the last convolution adds to each of the 1,024 pixels: with signs s its gradient is their sum.
     signs = random_signs(noise.shape, diffusion_fisher.derive_seed(diffusion_fisher.FISHER_SEED, "signs", 250))

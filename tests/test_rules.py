@@ -4,7 +4,8 @@ import argparse
 
 import pytest
 
-from layer_group import below_group_mean, parse_groups
+from common.choose.layers import check_groups
+from layer_group import below_group_mean, groups_of
 from layer_math import below_layer_threshold
 from layer_ratio import below_top_ratio
 from whole_threshold import below
@@ -58,7 +59,8 @@ def test_group_of_equal_values_has_none_below_its_mean(value, tensors):
 
 @pytest.mark.parametrize("text", ["12/3456", "12/345/6", "123/45/6", "123/456", "1/2/3/4/5/6", "123456", "62/1534"])
 def test_groups_accepted(text):
-    assert parse_groups(text) == text
+    assert groups_of(text) == text
+    check_groups(text, 6)
 
 
 @pytest.mark.parametrize(
@@ -66,10 +68,10 @@ def test_groups_accepted(text):
     [
         ("12/3457", "layer '7'"),
         ("012/3456", "layer '0'"),
-        ("12,3456", "layer ','"),
+        ("12,3456", "layer '3456'"),
         ("12/345", "lacks layer 6"),
         ("2/345", "lacks layer 1, 6"),
-        ("", "lacks layer 1, 2, 3, 4, 5, 6"),
+        ("", "empty group"),
         ("12/23456", "layer 2 twice"),
         ("112/3456", "layer 1 twice"),
         ("12//3456", "empty group"),
@@ -77,8 +79,8 @@ def test_groups_accepted(text):
     ],
 )
 def test_groups_refused(text, said):
-    with pytest.raises(argparse.ArgumentTypeError) as error:
-        parse_groups(text)
+    with pytest.raises((argparse.ArgumentTypeError, ValueError)) as error:
+        check_groups(groups_of(text), 6)
     assert said in str(error.value) and repr(text) in str(error.value)
 
 

@@ -20,6 +20,7 @@ from common.fisher import information
 from common.formats.packed import load_model
 from common.metrics.scores import psnr, squared_errors
 from common.study import evaluate, report
+from common.study import run as study_run
 from common.study.evaluate import Evaluator
 
 STRATEGIES = {
@@ -509,8 +510,8 @@ def test_dry_run_writes_nothing(call, tmp_path, capsys):
 
 def test_too_few_test_digits_for_the_features_leave_their_row_out(call, trained, monkeypatch):
     """As with Inception's 2,048 features and the 1,000 test digits of mnist5k."""
-    load = evaluate.load_digits
-    monkeypatch.setattr(evaluate, "load_digits", lambda *which: load(*which)[: 250 if which[1] == "test" else None])
+    load = study_run.load_digits
+    monkeypatch.setattr(study_run, "load_digits", lambda *which: load(*which)[: 250 if which[1] == "test" else None])
     printed = call("simplediffusion")
     assert "250 test digits in mnist5k are too few" in printed and "--data mnist" in printed
     assert "Real test digits" not in printed and "Baseline (FP32)" in printed

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import stat
 import sys
@@ -23,7 +24,7 @@ def run_script(folder: str, network, arguments: tuple[str, ...], die_at_write: i
     from common.errors import run_main
     from common.presets import PRESETS
     from common.runtime import files
-    from common.study import evaluate, run
+    from common.study import run
     from common.training import loop
 
     os.chdir(folder)
@@ -39,8 +40,8 @@ def run_script(folder: str, network, arguments: tuple[str, ...], die_at_write: i
         fisher_grid_digits=1,
     )
     run.CHECKPOINTS = Path("checkpoints")
-    load_digits = evaluate.load_digits
-    evaluate.load_digits = lambda *which: load_digits(*which)[:500]  # so that their features take no time
+    load_digits = run.load_digits
+    run.load_digits = lambda *which: load_digits(*which)[:500]  # so that their features take no time
     loop.SAVE_SECONDS = -1  # after every step
     writes, fsync = [], os.fsync
 
@@ -70,9 +71,15 @@ def finish(process, folder):
 
 
 def files(folder) -> dict[str, bytes]:
-    """What a run is for: checkpoint, images, Fisher values, packed models, rows."""
+    """What a run is for: checkpoint, images, Fisher values, packed models, rows but for the times in them."""
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return {str(name): (folder / name).read_bytes() for name in names if name.parts[0] in ("checkpoints", "results")}
+    return {str(name): content_of(folder / name) for name in names if name.parts[0] in ("checkpoints", "results")}
+
+
+def content_of(path) -> bytes:
+    """The bytes of a file; of rows without the times, which no two runs share."""
+    content = path.read_bytes()
+    return re.sub(rb'"ms_per_step": [^,}]*, ', b"", content) if path.name == "results.jsonl" else content
 
 
 def table(folder) -> str:

@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 
 from forks import QUICK, finish, preload, start, wait
+from tiny_runs import content_of
 
 OUT = Path("results/quick")
 ROWS = 15  # of each of two processes
@@ -40,7 +41,7 @@ def kept(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in [p for top in ("checkpoints", "results") for p in (folder / top).rglob("*") if p.is_file()]:
         if path.suffix != ".lock" and path.parent.name != "figures":
-            content = path.read_bytes()
+            content = content_of(path)
             rows = path.name == "results.jsonl"
             found[str(path.relative_to(folder))] = sorted(content.splitlines()) if rows else content
     return found

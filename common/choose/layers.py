@@ -14,9 +14,8 @@ _HALVES = ("layer", "down_blocks", "mid_block", "up_blocks")  # in the order of 
 
 def layer_of(name: str) -> str:
     """The layer of a tensor, or the module that it belongs to before or after the layers."""
-    first, _, rest = name.partition(".")
-    number = rest.partition(".")[0]
-    return f"{first}.{number}" if number.isdecimal() else first
+    block = _IN_LAYERS.match(name)
+    return block[0].rstrip(".") if block else name.partition(".")[0]
 
 
 def layer_weights(names: Iterable[str]) -> list[str]:

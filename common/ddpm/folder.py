@@ -44,8 +44,8 @@ def split_names(folder: Path, split: str) -> list[str]:
     if len(names) < FEWEST[split]:
         what = "held out, by a hash of their names" if split == "test" else "to calibrate with"
         raise DataError(
-            f"--data {folder}: only {len(names)} images there are {what}; {FEWEST[split]} are the least, "
-            "some hundreds in all are better"
+            f"--data {folder}: only {len(names)} images there are {what}; give at least {FEWEST[split]}, better some "
+            "hundreds in all"
         )
     return names
 

@@ -7,7 +7,10 @@ make the same images: each writes the same bytes, and whichever comes first join
 import hashlib
 import json
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -17,7 +20,7 @@ from tqdm import tqdm
 from common.ddpm.architecture import schedule_of
 from common.ddpm.digits import to_uint8
 from common.ddpm.noise import NoiseStreams
-from common.ddpm.samplers import sample
+from common.ddpm.samplers import Denoiser, sample
 from common.errors import UserError
 from common.runtime import distributed, sealed
 from common.runtime.device import autocast, cast_weights
@@ -26,7 +29,8 @@ from common.runtime.files import locked
 
 @dataclass(frozen=True)
 class Sampling:
-    """All that the images of given weights depend on; `device` is its `device_name`."""
+    """All that the images of given weights depend on; `device` is its `device_name`, `engine` what runs the network:
+    torch, or another with its version."""
 
     images: int
     sampler: str
@@ -36,15 +40,37 @@ class Sampling:
     seed: int
     device: str
     precision: str
+    engine: str = "torch"
+
+    def to_json(self) -> dict:
+        """What files of images say; those of torch do not name it."""
+        return {key: value for key, value in asdict(self).items() if (key, value) != ("engine", "torch")}
 
     @property
     def method(self) -> str:
         return f"{self.sampler} {self.steps} steps" + (f", eta {self.eta:g}" if self.sampler == "ddim" else "")
 
 
+# prepare(network, sampling, device) gives the function (x, t) -> predicted noise that samples.
+Prepare = Callable[[nn.Module, Sampling, torch.device], Denoiser]
+WARM_UP = 2  # steps of a process's first batch, whose time does not count
+
+
+def prepare_torch(network: nn.Module, sampling: Sampling, device: torch.device) -> Denoiser:
+    """The network itself, on the device and in the precision of `sampling`."""
+    network = network.to(device, memory_format=torch.channels_last).eval()
+    cast_weights(network, sampling.precision)
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        with autocast(device, sampling.precision):
+            return network(x, t)
+
+    return denoise
+
+
 def image_file(folder: Path, sampling: Sampling, weights: str) -> Path:
     """Where the images of the weights of hash `weights` are kept."""
-    settings = [asdict(sampling), weights, torch.__version__]
+    settings = [sampling.to_json(), weights, torch.__version__]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return folder / f"{key[:16]}.safetensors"
 
@@ -55,19 +81,28 @@ def load_images(path: Path) -> torch.Tensor:
 
 
 def generate(
-    network: nn.Module, weights: str, sampling: Sampling, device: torch.device, folder: Path, label: str
+    network: nn.Module,
+    weights: str,
+    sampling: Sampling,
+    device: torch.device,
+    folder: Path,
+    label: str,
+    prepare: Prepare = prepare_torch,
+    on_time: Callable[[float], None] = lambda seconds: None,
 ) -> torch.Tensor:
     """uint8 (N, H, W), or (N, C, H, W) of more channels than one: images of `network` in evaluation mode, whose weights
     have the hash `weights`.
 
     Finished batches are read back from `folder`; a file that is damaged or holds other images is named in a line and
-    made anew. Several processes share the batches, and the folder.
+    made anew. Several processes share the batches, and the folder. on_time(seconds) is called with the time of an image
+    and step, for each step of a whole batch that this process samples after a warm-up.
     """
     path = image_file(folder, sampling, weights)
-    metadata = {"sampling": asdict(sampling), "weights": weights, "torch": torch.__version__}
+    metadata = {"sampling": sampling.to_json(), "weights": weights, "torch": torch.__version__}
     shape = stored_shape(network.architecture.image_shape)
     while missing := distributed.on_first(lambda: _join(path, metadata, sampling, shape)):
-        _sample_parts(network, metadata, sampling, device, path, distributed.shard(missing), label)
+        starts = distributed.shard(missing)
+        _sample_parts(network, metadata, sampling, device, path, starts, label, prepare, on_time)
         distributed.barrier()
     return load_images(path)
 
@@ -131,11 +166,15 @@ def _sample_parts(
     path: Path,
     starts: list[int],
     label: str,
+    prepare: Prepare,
+    on_time: Callable[[float], None],
 ) -> None:
     """Samples the batches that begin at `starts` into their parts, but for those that another script has made."""
-    network = network.to(device, memory_format=torch.channels_last).eval()
-    cast_weights(network, sampling.precision)
-    schedule, shape = schedule_of(network.architecture), network.architecture.image_shape
+    if not starts:
+        return
+    denoise, schedule = prepare(network, sampling, device), schedule_of(network.architecture)
+    shape = network.architecture.image_shape
+    whole, warm_up = min(sampling.batch_size, sampling.images), WARM_UP
     with tqdm(total=len(starts) * sampling.steps, desc=label, unit="step") as bar:
         for start in starts:
             part = _part_file(path, start)
@@ -143,17 +182,28 @@ def _sample_parts(
                 bar.update(sampling.steps)
                 continue
             indices = range(start, min(start + sampling.batch_size, sampling.images))
-            with autocast(device, sampling.precision):
-                images = sample(
-                    network,
-                    schedule,
-                    NoiseStreams(sampling.seed, indices, shape),
-                    sampling.sampler,
-                    sampling.steps,
-                    sampling.eta,
-                    device,
-                    on_step=bar.update,
-                )
+            times: list[float] = []
+
+            def on_step(times=times):
+                bar.update()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)  # so that the time is that of this step
+                times.append(time.perf_counter())
+
+            images = sample(
+                denoise,
+                schedule,
+                NoiseStreams(sampling.seed, indices, shape),
+                sampling.sampler,
+                sampling.steps,
+                sampling.eta,
+                device,
+                on_step=on_step,
+            )
+            if len(indices) == whole:
+                for before, after in list(pairwise(times))[max(0, warm_up - 1) :]:
+                    on_time((after - before) / whole)
+                warm_up = 0
             try:
                 sealed.save(part, "images", {"images": to_uint8(images)}, metadata | {"start": start})
             except (OSError, UserError):

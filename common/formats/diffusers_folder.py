@@ -32,7 +32,7 @@ def read_folder(folder: Path, name: str) -> Model:
     try:
         state = _read_weights(path, config)
     except ValueError as error:
-        raise UserError(f"--model {folder}: {path.name} does not fit its config.json: {error}") from None
+        raise UserError(f"--model {folder}: {path.name} does not fit its config.json: {error}; get it anew") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"--model {folder}: {path} cannot be read ({shorten(error)}); get it anew") from None
     return full_precision(config, state, {"label": "Baseline (FP32)", "preset": name})
@@ -67,7 +67,7 @@ def read_configs(folder: Path) -> tuple[DiffusersConfig, Path]:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"--model {folder}: {error}") from None
+        raise UserError(f"--model {folder}: {error}; name another model, or mend its config") from None
     if scheduler is None:
         print(f"{folder} has no scheduler_config.json: its noise is taken for DDPMScheduler's (linear, epsilon)")
     return config, place

@@ -70,8 +70,8 @@ class Model:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the weights as they are sampled from; of a network of diffusers also of all that it computes and of its
-        noise, since the same weights may come with another scheduler."""
+        """Hash of the weights as they are sampled from; of a network of diffusers also of its config and its noise,
+        since the same weights may come with another scheduler."""
         weights = sealed.hash_tensors(self.state)
         if isinstance(self.config, UNetConfig):
             return weights

@@ -2,14 +2,19 @@
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
 from torch import nn
 
 from common.choose.layers import layer_of, layer_weights, layers_in_order
-from common.ddpm.sampling import Sampling, generate, image_file, load_images
+from common.ddpm.digits import to_model_range
+from common.ddpm.sampling import Sampling, generate, image_file, load_images, prepare_torch
+from common.engines.engine import OpenVINO, engine_name
+from common.engines.integers import decoding_note, stored_integers
 from common.errors import UserError
+from common.formats.numbers import IntegerTensor
 from common.formats.packed import MIB, Model
 from common.metrics.features import load_features
 from common.metrics.frechet import Reference
@@ -36,17 +41,20 @@ SAID = (  # of a model's metadata, and so of its row
 
 @dataclass(frozen=True)
 class Measured:
-    """Where the images of the weights of a hash are kept, a file for each seed, and the scores of all together."""
+    """Where the images of the weights of a hash are kept, a file for each seed, and the scores of all together.
+
+    ms_per_step: the median of an image and step, where any was sampled and not read back."""
 
     weights: str
     image_files: tuple[Path, ...]
     scores: Scores
+    ms_per_step: float | None = None
 
 
 @dataclass(frozen=True)
 class Evaluator:
     """Samples and scores: how, on which device, with which features, against which digits. sampling: of the first of
-    `seeds` draws, whose seeds follow; images: the folder where they are kept."""
+    `seeds` draws, whose seeds follow; images: the folder where they are kept; engine: what samples, if not torch."""
 
     sampling: Sampling
     seeds: int
@@ -54,19 +62,31 @@ class Evaluator:
     images: Path
     features: nn.Module
     reference: Reference
+    engine: OpenVINO | None = None
 
     def measure(self, model: Model) -> Measured:
         """Samples from the model, or reads its images back, and scores them."""
-        return self.measure_network(model.network(), model.sha256, model.metadata["label"])
+        label = model.metadata["label"]
+        if self.engine is None:
+            return self.measure_network(model.network(), model.sha256, label)
+        if note := decoding_note(model):
+            print(f"{label} {note}")
+        return self.measure_network(model.network(), model.sha256, label, stored_integers(model))
 
-    def measure_network(self, network: nn.Module, weights: str, label: str) -> Measured:
-        """The same of any network in evaluation mode; `weights` names it and nothing else, `label` the progress bar."""
-        files, draws = [], []
+    def measure_network(
+        self, network: nn.Module, weights: str, label: str, integers: dict[str, IntegerTensor] | None = None
+    ) -> Measured:
+        """The same of any network in evaluation mode; `weights` names it and nothing else, `label` the progress bar.
+
+        integers: {weight: its codes}, of those that 8 bits hold as they are."""
+        files, draws, times = [], [], []
+        prepare = prepare_torch if self.engine is None else self.engine.prepare(weights, integers or {})
         for seed in range(self.sampling.seed, self.sampling.seed + self.seeds):
             sampling = replace(self.sampling, seed=seed)
-            draws.append(self.score(generate(network, weights, sampling, self.device, self.images, label)))
+            images = generate(network, weights, sampling, self.device, self.images, label, prepare, times.append)
+            draws.append(self.score(images))
             files.append(image_file(self.images, sampling, weights))
-        return Measured(weights, tuple(files), pool_scores(draws))
+        return Measured(weights, tuple(files), pool_scores(draws), 1000 * median(times) if times else None)
 
     def score(self, images: torch.Tensor) -> Scores:
         """FID, KID and score of uint8 images, as `generate` gives them."""
@@ -79,7 +99,15 @@ def make_evaluator(run: Run) -> Evaluator:
     features = load_features(run.metric, run.device, run.inception_weights, channels)
     require_enough(run.sampling.images, features)
     reference = load_reference(run.load_images("train"), features, run.out / "reference")
-    return Evaluator(run.sampling, run.seeds, run.device, run.out / "images", features, reference)
+    evaluator = Evaluator(run.sampling, run.seeds, run.device, run.out / "images", features, reference)
+    return evaluator if run.sampling.engine == "torch" else with_engine(run, evaluator, run.sampling.precision)
+
+
+def with_engine(run: Run, evaluator: Evaluator, precision: str) -> Evaluator:
+    """The same evaluator, which samples by OpenVINO. Raises UserError where a package is missing."""
+    sampling = replace(evaluator.sampling, precision=precision, engine=engine_name("openvino", precision, run.data))
+    images = to_model_range(run.load_images("train"))
+    return replace(evaluator, sampling=sampling, engine=OpenVINO(images, run.data, run.out / "models"))
 
 
 def settings_of(run: Run, evaluator: Evaluator, baseline: str | None) -> Settings:
@@ -128,7 +156,7 @@ def model_row(
     same = baseline is None or baseline.weights == measured.weights
     known = said_of(model) | {"file_mib": path.stat().st_size / MIB}
     return Row(
-        label=model.metadata["label"] + ("" if settings.precision == "fp32" else f" [{settings.precision}]"),
+        label=model.metadata["label"] + engine_note(settings),
         settings=settings,
         weights=measured.weights,
         size_mib=model.size_mib(),
@@ -136,10 +164,17 @@ def model_row(
         image_file=str(measured.image_files[0]),
         formats=model.formats,
         kept=kept_by_layer(model),
+        ms_per_step=measured.ms_per_step,
         **figures(measured.scores),
         **({} if same else differences(measured, baseline)),
         **(known | more),
     )
+
+
+def engine_note(settings: Settings) -> str:
+    """What a label says of engine and precision, where they are not torch and FP32."""
+    engine = "" if settings.engine == "torch" else settings.engine.split()[0] + " "
+    return "" if not engine and settings.precision == "fp32" else f" [{engine}{settings.precision}]"
 
 
 def said_of(model: Model) -> dict:
@@ -158,8 +193,9 @@ def said_of(model: Model) -> dict:
 def measured_row(settings: Settings, label: str, measured: Measured, baseline: Measured, **more) -> Row:
     """The row of images that no packed model made, with differences to the images of `baseline`."""
     return Row(
-        label, settings, **figures(measured.scores), weights=measured.weights, **differences(measured, baseline), **more
-    )
+        label, settings, **figures(measured.scores), weights=measured.weights, ms_per_step=measured.ms_per_step,
+        **differences(measured, baseline), **more,
+    )  # fmt: skip
 
 
 def figures(scores: Scores) -> dict[str, Figure]:

@@ -74,9 +74,14 @@ def feet_of_features(row: Row) -> list[str]:
 def describe(row: Row) -> str:
     """What the rows of a table share: features, data and sampling."""
     seeds = "seed {seed}" if row.settings.seeds == 1 else "each of {seeds} seeds from {seed}"
+    engine = "" if row.settings.engine == "torch" else " by {engine}"
     return (
         "{kind} {preset}, baseline {baseline:.8}; {metric}; reference: {data} training {real}; {images} images, "
-        "{sampler} {steps} steps, eta {eta:g}, " + seeds + ", sampled in {precision} on {device}, batch {batch_size}; "
+        "{sampler} {steps} steps, eta {eta:g}, "
+        + seeds
+        + ", sampled in {precision}"
+        + engine
+        + " on {device}, batch {batch_size}; "
         "errors: 1 standard error"
     ).format(
         **asdict(row.settings),
@@ -97,6 +102,12 @@ def format_kept(rows: list[Row]) -> str:
         lines.append(f"\n{row.label} keeps {total} of {there} weights of {layers} in FP32" + (":" if total else ""))
         lines += [f"  {layer}: {', '.join(names)}" for layer, names in row.kept.items() if names]
     return "\n".join(lines)
+
+
+def format_times(rows: list[Row]) -> str:
+    """A line with the milliseconds of an image and step of each of the rows whose sampling was timed."""
+    timed = [f"{row.label} {row.ms_per_step:.3g}" for row in rows if row.ms_per_step is not None]
+    return f"ms an image and step, whatever else the machine did: {'; '.join(timed)}" if timed else ""
 
 
 def format_tensors(model, table) -> str:
@@ -153,7 +164,7 @@ def main():
     groups = group_rows(rows)
     for group in [] if options.frontier else groups:
         print(format_markdown(group) if options.markdown else format_table(group) + "\n" + format_more(group))
-        for said in filter(None, (format_nearest(group), format_losses(group))):
+        for said in filter(None, (format_nearest(group), format_losses(group), format_times(group))):
             print(f"\n{said.strip()}")
     if options.markdown:
         return

@@ -13,6 +13,7 @@ from common.presets import FORMATS, PRESETS, ROUNDINGS
 from common.runtime.files import locked, write_atomically
 
 REAL, BASELINE = "Real test digits", "Baseline"  # strategies of the rows that others are compared with
+ENGINE = "Engine"  # that of rows whose differences are to the baseline by torch in FP32, whatever sampled them
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Settings:
     device: str
     torch: str
     seeds: int = 1  # of rows that do not say it
+    engine: str = "torch"  # of those, too
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Row:
     nearest_training_digit, training_digit_excess: see `common.metrics.memorised`; of the baseline and the real digits
     alone. loss_increase: over the baseline's on held-out digits; place: (how many of the permutations of its Fisher
     values do as well or better, of how many); size_apart: the largest difference of their sizes from the row's, or of a
-    control's from its rule's, as a share.
+    control's from its rule's, as a share. ms_per_step: milliseconds of an image and step, in the row's own sampling; of
+    rows that were sampled without a break, on whatever else the machine did.
     """
 
     label: str
@@ -95,6 +98,7 @@ class Row:
     loss_increase: Figure | None = None
     place: tuple[int, int] | None = None
     size_apart: float | None = None
+    ms_per_step: float | None = None
 
     @property
     def identity(self) -> tuple:
@@ -103,7 +107,7 @@ class Row:
 
     def to_json(self) -> dict:
         """One flat object: settings among the others, a figure as `key` and `key_error`, nothing that is None."""
-        flat = asdict(self.settings)
+        flat = {key: value for key, value in asdict(self.settings).items() if (key, value) != ("engine", "torch")}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Figure):
@@ -121,8 +125,8 @@ _POSITIVE = ("fid", "inception_score", "nearest_training_digit")
 _TEXTS = ("label", "strategy", "setting", "variant", "format", "timestep_weighting", "weights", "file", "image_file")
 _PATHS = ("file", "image_file")  # which may hold any character
 _COUNTS = ("draw", "updates", "digits_seen")
-_SIZES = ("size_mib", "file_mib")
-_NOT_ALWAYS = ("loss_increase", "place", "size_apart", "nearest_training_digit", "training_digit_excess")
+_SIZES = ("size_mib", "file_mib", "ms_per_step")
+_NOT_ALWAYS = ("loss_increase", "place", "size_apart", "nearest_training_digit", "training_digit_excess", "ms_per_step")
 
 
 def row_from_json(flat: dict) -> Row:
@@ -266,6 +270,7 @@ def group_rows(rows: list[Row]) -> list[list[Row]]:
     """Rows by their settings, in the order of first appearance; real digits first, then the baseline."""
     groups: dict[Settings, list[Row]] = {}
     for row in rows:
-        groups.setdefault(row.settings, []).append(row)
+        compared = replace(row.settings, engine="torch", precision="fp32") if row.strategy == ENGINE else row.settings
+        groups.setdefault(compared, []).append(row)
     order = {REAL: 0, BASELINE: 1, "Uniform": 2}
     return [sorted(group, key=lambda row: order.get(row.strategy, 3)) for group in groups.values()]

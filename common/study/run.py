@@ -19,6 +19,7 @@ from common.ddpm.digits import load_digits
 from common.ddpm.folder import describe_folder, load_folder, split_names
 from common.ddpm.pipelines import DiffusersConfig
 from common.ddpm.sampling import Sampling
+from common.engines.engine import INTEGER_PRECISIONS, engine_name
 from common.errors import UserError
 from common.formats.diffusers_folder import read_configs
 from common.formats.packed import MIB, Model, load_model, size_mib, tensor_shapes
@@ -96,7 +97,7 @@ def resolve(options: argparse.Namespace) -> Run:
     own = isinstance(preset.network, UNetConfig)
     data, images = choose_data(options.data or (preset.training.data if own else None), preset.network)
     if images is not None:
-        few = len(split_names(images, "train"))
+        few, _ = (len(split_names(images, split)) for split in ("train", "test"))
         preset = replace(
             preset,
             fisher_digits=min(preset.fisher_digits, few),
@@ -117,6 +118,12 @@ def resolve(options: argparse.Namespace) -> Run:
         raise UserError(f"--inception-weights {options.inception_weights}: goes with --metric inception only")
     if options.metric == "mnist" and images is not None:
         raise UserError("--metric mnist: its features are of digits; use --metric random, or inception")
+    if options.engine == "openvino" and device.type != "cpu":
+        raise UserError(f"--engine openvino: runs on the CPU, not on {device}; give --device cpu")
+    if options.engine == "torch" and options.precision in INTEGER_PRECISIONS:
+        raise UserError(
+            f"--precision {options.precision}: torch has no 8-bit convolutions; give --engine openvino as well"
+        )
     sampling = Sampling(
         images=options.images or preset.images,
         sampler=sampler,
@@ -126,6 +133,7 @@ def resolve(options: argparse.Namespace) -> Run:
         seed=options.seed,
         device=device_name(device),
         precision=options.precision,
+        engine=engine_name(options.engine, options.precision, data),
     )
     if options.seed + options.seeds - 1 > LARGEST_SEED:
         raise UserError(f"--seeds {options.seeds}: the last seed would be above {LARGEST_SEED}; give a smaller --seed")
@@ -244,7 +252,7 @@ def start(options: argparse.Namespace) -> Run:
         seeds = f"seed {first}" if first == last else f"each of seeds {first} to {last}"
         print(
             f"{run.sampling.images} images, {run.sampling.method}, batch {run.sampling.batch_size}, "
-            f"{run.sampling.precision}, {seeds}; data {run.data}; {run.out}/"
+            f"{run.sampling.precision} by {run.sampling.engine}, {seeds}; data {run.data}; {run.out}/"
         )
     if run.dry_run:
         print_sizes(run)
@@ -256,6 +264,9 @@ def start(options: argparse.Namespace) -> Run:
     )  # of one model, whole and in parts
     for folder in (run.out, *(run.out / name for name in ("images", "models", "reference"))):
         require_writable(f"--out {run.out}", folder, needed_mib=32 * size_mib(run.preset.network, {}) + images_mib)
+    if run.images is not None:
+        for split in ("test", "train"):
+            run.load_images(split)  # kept; raises where one of them cannot be used, before any long work
     if run.samples:
         require_memory(run.sampling.images, image_mib)
     return run

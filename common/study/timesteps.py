@@ -35,7 +35,10 @@ class InOnePart(nn.Module):
 
 
 def main():
-    options = script_parser(__doc__, formats=True).parse_args()
+    parser = script_parser(__doc__, formats=True)
+    options = parser.parse_args()
+    if options.engine != "torch":
+        parser.error("argument --engine: networks that change on the way are sampled by torch alone; leave it out")
 
     from common.runtime import distributed
     from common.study.baselines import load_baseline
