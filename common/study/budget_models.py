@@ -36,6 +36,8 @@ from common.study.held_out import Judged, held_out, judge
 from common.study.rows import Figure
 from common.study.run import Run
 
+START_SHARE = 0.98  # of the file: finetuning makes codes longer, and what is too long in the end is rounded away, badly
+
 
 def budget_metadata(run: Run, baseline: Model, coding: str, size: str, variant: str | None = None, **more) -> dict:
     """What a model of a given size says of itself: `size` as it was asked for, `variant` and its number in `more`
@@ -135,9 +137,7 @@ def _build_by_search(
 
     def acceptable(times: float) -> bool:
         asked, limit = f"{number(times)}x", int(size / times)
-        model = maker.untrained(asked, limit)
-        if updates:
-            model = maker.finetuned(asked, model, limit, updates)
+        model = maker.finetuned(asked, limit, updates) if updates else maker.untrained(asked, limit)
         difference = Figure(*evaluator.measure(model).scores.fid_unbiased.minus(reference))
         tried[times] = replace(model)  # without the unpacked weights
         return lies_below(difference, margin)
@@ -181,11 +181,10 @@ class Maker:
 
     def make(self, asked: str, limit: int, updates: int | None) -> Iterator[Model]:
         """The model of at most `limit` bytes, and then, with so many `updates`, the finetuned one."""
-        model = self.untrained(asked, limit)
-        yield model
+        yield self.untrained(asked, limit)
         if updates:
             try:
-                yield self.finetuned(asked, model, limit, updates)
+                yield self.finetuned(asked, limit, updates)
             except BudgetError as error:  # the other rows are not lost
                 tqdm.write(f"{asked}: the finetuned codes need {error.smallest:,} bytes, so there is no row of them")
 
@@ -193,10 +192,11 @@ class Maker:
         """The model of at most `limit` bytes by its own values. Raises BudgetError."""
         return self.fit(limit, self.values, self.metadata(asked))
 
-    def finetuned(self, asked: str, model: Model, limit: int, updates: int) -> Model:
-        """What `model` becomes in so many updates, of at most `limit` bytes. Raises BudgetError."""
+    def finetuned(self, asked: str, limit: int, updates: int) -> Model:
+        """The model of at most `limit` bytes after so many updates. Raises BudgetError."""
+        smaller = self.untrained(asked, int(START_SHARE * limit))
         metadata = self.metadata(asked, "finetuned", updates=updates)
-        return finetuned(self.run, self.baseline, model, metadata, limit, updates)
+        return finetuned(self.run, self.baseline, smaller, metadata, limit, updates)
 
     def permuted(self, asked: str, limit: int, draws: int) -> Iterator[Model]:
         """The models of at most `limit` bytes by Fisher values that were permuted among tensors of like size. Feedback

@@ -50,7 +50,7 @@ def models(
                 model = maker.fit(limit, values, maker.metadata(asked, variant), coding)
                 yield Judged(model, digits.increase(model))
             if updates:
-                model = maker.finetuned(asked, maker.untrained(asked, limit), limit, updates)
+                model = maker.finetuned(asked, limit, updates)
                 yield Judged(model, digits.increase(model))
 
     return made()
