@@ -36,7 +36,7 @@ from common.study.held_out import Judged, held_out, judge
 from common.study.rows import Figure
 from common.study.run import Run
 
-HEAD_START = 1.1  # finetuning begins with a file so many times larger, which it shrinks
+START_SHARE = 0.98  # of the file: finetuning makes codes longer, and what is too long in the end is rounded away, badly
 
 
 def budget_metadata(run: Run, baseline: Model, coding: str, size: str, variant: str | None = None, **more) -> dict:
@@ -195,9 +195,9 @@ class Maker:
     def finetuned(self, asked: str, limit: int, updates: int) -> Model:
         """The model of at most `limit` bytes after so many updates. Raises BudgetError."""
         plain = EntropyCoding(self.baseline, self.feedback, trellis=False)  # multiples of steps, as they are trained
-        larger = self.fit(int(HEAD_START * limit), self.values, self.metadata(asked), plain)
+        smaller = self.fit(int(START_SHARE * limit), self.values, self.metadata(asked), plain)
         metadata = self.metadata(asked, "finetuned", updates=updates)
-        return finetuned(self.run, self.baseline, larger, metadata, limit, updates)
+        return finetuned(self.run, self.baseline, smaller, metadata, limit, updates)
 
     def permuted(self, asked: str, limit: int, draws: int) -> Iterator[Model]:
         """The models of at most `limit` bytes by Fisher values that were permuted among tensors of like size. Feedback

@@ -65,7 +65,7 @@ def lengths_of(counts: np.ndarray) -> np.ndarray:
 
 @dataclass
 class SizeControl:
-    """Moves the price of a bit so that the file follows a ramp down to `end` bytes over the first half of `updates`.
+    """Moves the price of a bit so that the file follows a ramp to `end` bytes over the first half of `updates`.
 
     The ramp is geometric, without slope at both ends. At the best there is the squared error falls as 2^(-2 bits per
     weight), so that a bit more is worth 2 ln(2) / weights of the error; the price is a multiple of that, and the
