@@ -6,20 +6,26 @@
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
-IMAGES ?= 500
+IMAGES ?= 400
 DEMO = --preset quick --images $(IMAGES) $(OPTIONS)
 RUN = .venv/bin/python
 
 .PHONY: demo test lint format docs clean distclean
 
+# $(call step,NUMBER,SCRIPT AND OPTIONS): its bars are shown, and what it prints goes to a file; the report has all rows
+step = @printf '\n[%s of 6] python %s\n' "$(1)" "$(2) $(DEMO)"; $(RUN) $(2) $(DEMO) >> results/demo.log
+
 demo: .venv/installed
-	$(RUN) simplediffusion.py $(DEMO)
-	$(RUN) whole_threshold.py $(DEMO) --threshold 0.01
-	$(RUN) layer_group.py $(DEMO) --groups 12/3456
-	$(RUN) layer_ratio.py $(DEMO) --ratio 0.25
-	$(RUN) layer_math.py $(DEMO) --alpha 0.5
-	$(RUN) layer_budget.py $(DEMO) --times 10
+	@mkdir -p results && : > results/demo.log
+	$(call step,1,simplediffusion.py --format int8)
+	$(call step,2,whole_threshold.py --format int4 --threshold 0.01)
+	$(call step,3,layer_group.py --format int4 --groups 12/3456)
+	$(call step,4,layer_ratio.py --format int4 --ratio 0.25)
+	$(call step,5,layer_math.py --format int4 --alpha 0.5)
+	$(call step,6,layer_budget.py --times 10 16)
 	$(RUN) -m common report --preset quick
+	@echo "what each script printed: results/demo.log"
+	@echo "next, after source .venv/bin/activate: python layer_budget.py --preset quick --times 10 13 16"
 
 test: .venv/installed-test lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal

@@ -38,7 +38,7 @@ BIAS = "layer2.block1.conv1.bias"
 
 
 def models() -> dict[str, Model]:
-    """One tiny model in fp16, one in int4 and one that is entropy coded."""
+    """One tiny model in fp16, one in int4, one that is entropy coded with trellises, and one of version 1."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         state = UNet(CONFIG).state_dict()
@@ -46,11 +46,12 @@ def models() -> dict[str, Model]:
     metadata = {"label": "Baseline (FP32)", "preset": "quick", "digits_seen": 1, "training": {}}
     baseline = full_precision(CONFIG, state, metadata)
     names = layer_weights(state)
-    coded = rounding.encode(state, dict.fromkeys(state, 0.05))
+    coded = rounding.encode(state, dict.fromkeys(state, 0.05), trellis=True)
     return {
         "fp16": baseline.quantize(names, "fp16", {"label": "Uniform (FP16)"}),
         "int4": baseline.quantize(names, "int4", {"label": "Uniform (INT4)"}),
-        "entropy": Model(CONFIG, coded, dict.fromkeys(state, "entropy"), metadata),
+        "entropy 2": Model(CONFIG, coded, dict.fromkeys(state, "entropy"), metadata),
+        "entropy": load_model(Path(__file__).parent / "data/entropy-version-1.safetensors"),
     }
 
 
@@ -94,7 +95,7 @@ def hostile_files() -> dict[str, bytes]:
         claim(f"{field} is null", **{field: None})
     claim("an unknown field", depth=3)
     for width in (0, -2, 2**11, 2**20, 2**40, 2**4000):
-        for fmt in ("fp16", "entropy"):
+        for fmt in ("fp16", "entropy", "entropy 2"):
             claim(f"width {width:.3g}" if width < 2**50 else "width 2^4000", fmt, channels=_channels(width))
     claim("no channels", channels=[])
     claim("channels of halves", channels=[2.5, 5.0, 10.0, 20.0, 20.0, 15.0])
@@ -109,6 +110,9 @@ def hostile_files() -> dict[str, bytes]:
         for value in values:
             claim(f"{field} {value}", **{field: value})
     claim("wider than any file could hold", "entropy", channels=_channels(256))
+    claim("wider than any file could hold", "entropy 2", channels=_channels(256))
+    claim("wider than these codes stand for", "entropy 2", channels=_channels(64))
+    claim("a little wider than these codes", "entropy 2", channels=_channels(4))
 
     def set_format(name: str, fmt: object) -> Callable[[dict, dict], None]:
         return lambda tensors, metadata: metadata["formats"].update({name: fmt})
@@ -160,6 +164,26 @@ def hostile_files() -> dict[str, bytes]:
     store("no remainders", "entropy", remainders=lambda remainders: remainders[:0])
     store("remainders too many", "entropy", remainders=lambda remainders: torch.cat([remainders, remainders + 1]))
     store("remainders of another type", "entropy", remainders=lambda remainders: remainders.float())
+    for version, other in (("entropy", "entropy 2"), ("entropy 2", "entropy"), ("entropy 2", "entropy 3")):
+        add(f"called {other}", version, lambda tensors, metadata, other=other: metadata.update(formats=other))
+    store("one step too few", "entropy 2", steps=lambda steps: steps[1:])
+    store("steps of another type", "entropy 2", steps=lambda steps: steps.double())
+    for step in (0.0, -1.0, float("nan"), float("inf"), 1e38):
+        store(f"a step {step}", "entropy 2", steps=lambda steps, step=step: torch.full_like(steps, step))
+    store("one layout too few", "entropy 2", layout=lambda layout: layout[1:])
+    store("layouts of another type", "entropy 2", layout=lambda layout: layout.long())
+    for number in (1, 2, 3, 255):
+        store(f"all layouts {number}", "entropy 2", layout=lambda layout, n=number: torch.full_like(layout, n))
+    store("no trellis", "entropy 2", layout=torch.zeros_like)
+    store("no codes", "entropy 2", codes=lambda codes: codes[:0])
+    store("codes cut short", "entropy 2", codes=lambda codes: codes[:-1])
+    store("codes begin later", "entropy 2", codes=lambda codes: codes[1:])
+    store("codes too many", "entropy 2", codes=lambda codes: torch.cat([codes, torch.zeros(1).byte()]))
+    store("codes of zeros", "entropy 2", codes=torch.zeros_like)
+    store("codes of ones", "entropy 2", codes=lambda codes: torch.full_like(codes, 255))
+    store("codes of another type", "entropy 2", codes=lambda codes: codes.short())
+    add("codes missing", "entropy 2", lambda tensors, metadata: tensors.pop("entropy:codes"))
+    add("tables beside codes", "entropy 2", put("entropy:tables", torch.ones(3).byte()))
     add("symbols missing", "entropy", lambda tensors, metadata: tensors.pop("entropy:symbols"))
     return files
 
@@ -228,8 +252,8 @@ def main() -> None:
             save_model(path, model)
             content = path.read_bytes()
             load_model(path)  # as it is, it is read
-            share = ALTERATIONS // 3 + (1 if seed < ALTERATIONS % 3 else 0)
-            for kind, attacked in damaged(content, share, TRUNCATIONS // 3, seed):
+            share = ALTERATIONS // 4
+            for kind, attacked in damaged(content, share, TRUNCATIONS // 4, seed):
                 attack(f"{fmt} {kind}", path, attacked)
         for wrong, content in hostile_files().items():
             path.write_bytes(content)

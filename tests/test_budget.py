@@ -233,7 +233,7 @@ def test_the_file_keeps_to_its_size_and_repeats_its_weights(script, coding):
         assert row["size_mib"] <= row["file_mib"]
         assert load_model(row["file"]).sha256 == row["weights"]
         assert coding in row["label"]
-    assert rows[0]["psnr"] < rows[-1]["psnr"]
+    assert rows[0]["psnr"] < rows[1]["psnr"]  # at 1x the images are the same, and there is none
 
 
 @pytest.mark.parametrize("coding", ["entropy", "fixed"])

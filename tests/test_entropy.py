@@ -1,11 +1,15 @@
 """Entropy coding: what is read is what was rounded, in close to the bytes that its entropy says."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from common.choose import rounding
+from common.choose.feedback import no_feedback
 from common.formats import entropy
+from common.formats.packed import load_model
 
 
 def random_weights(seed=0):
@@ -25,22 +29,34 @@ def test_decoded_weights_are_multiples_of_the_step_near_the_weights(step):
         assert weight.dtype == torch.float32 and weight.shape == weights[name].shape
         codes = weight.double() / float(np.float32(step))
         assert torch.allclose(codes, codes.round(), rtol=1e-7, atol=1e-3)  # the product is rounded to float32
-        # Half a step off, or less than a whole one where the shorter code was taken; never beyond the weight.
-        assert ((weight - weights[name]).abs() < 1.001 * step + 1e-6).all()
-        assert (weight.abs() <= weights[name].abs() + 0.501 * step + 1e-6).all()
+        assert ((weight - weights[name]).abs() < 2 * step + 1e-6).all()  # shorter codes may be next but one
 
 
-def test_codes_of_every_size_survive():
-    """Magnitudes around each power of two, where symbols and remainders change."""
-    edges = [0, 1, 15, 16, 17, 31, 32, 33, *(2**k + d for k in range(6, 24) for d in (-1, 0, 1))]
-    codes = torch.tensor([*edges, *(-e for e in edges)], dtype=torch.float32)
-    symbols, remainders, widths = entropy._split(codes.numpy().astype(np.int64))
-    assert (remainders < 2**widths).all() and (remainders >= 0).all()
-    joined, rest = entropy._join(symbols, entropy._remainder_bits(remainders, widths))
-    assert joined.tolist() == codes.tolist() and len(rest) == 0
-    # And monotonic: each symbol holds an interval of codes.
-    ordered = entropy._split(np.arange(5000))[0]
-    assert (np.diff(ordered) >= 0).all()
+@pytest.mark.parametrize("step", [1.0, 0.01])
+def test_without_a_price_codes_are_the_nearest(step):
+    weights = random_weights()
+    stored = rounding.encode(weights, dict.fromkeys(weights, step), price=0.0)
+    for name, weight in entropy.decode(stored, {name: w.shape for name, w in weights.items()}).items():
+        assert ((weight - weights[name]).abs() < 0.501 * step).all()
+
+
+def test_files_of_version_1_are_read():
+    """Written by the software that knew no other: the hash is that of its own weights."""
+    model = load_model(Path(__file__).parent / "data/entropy-version-1.safetensors")
+    assert entropy.version_of(model.stored) == 1 and model.is_entropy_coded
+    assert model.sha256 == "63f40cce40dbc56339f84688172fdb9781f4e1de64826bc54709acd699d9a288"
+
+
+def test_output_channels_of_a_transposed_convolution_are_the_trellis_of_its_own_axis():
+    weights = {"up": torch.randn(10, 9, 4, 4, generator=torch.Generator().manual_seed(0))}
+    feedback = {"up": no_feedback(weights["up"].shape, transposed=True)}
+    stored = rounding.encode(weights, {"up": 0.3}, feedback, trellis=True)
+    assert stored["entropy:layout"].tolist() == [2]
+    read = entropy.decode(stored, {"up": weights["up"].shape})["up"]
+    assert (read - weights["up"]).square().mean() < 0.9 * 0.6**2 / 12  # less than of every second multiple
+    plain = entropy.decode(rounding.encode(weights, {"up": 0.3}, trellis=True), {"up": weights["up"].shape})["up"]
+    errors = [float((found - weights["up"]).square().mean()) for found in (plain, read)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.1)
 
 
 def test_every_tensor_has_its_own_step():
@@ -54,7 +70,7 @@ def test_every_tensor_has_its_own_step():
 def test_size_is_close_to_the_entropy_of_the_codes():
     generator = torch.Generator().manual_seed(0)
     weights = {"w": torch.randn(400, 500, generator=generator)}
-    for step, tolerance in ((0.5, 0.01), (0.05, 0.01)):
+    for step, tolerance in ((0.5, 0.015), (0.05, 0.03)):
         stored = rounding.encode(weights, {"w": step})
         read = entropy.decode(stored, {"w": weights["w"].shape})["w"]
         counts = torch.unique((read / step).round(), return_counts=True)[1].double()

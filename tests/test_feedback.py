@@ -8,15 +8,12 @@ from torch import nn
 
 from common.choose import rounding
 from common.choose.feedback import DAMPING, Feedback, make_feedback, measure_feedback, patches_of
+from common.fisher.gauss_newton import random_signs, signed_sum
 from common.formats import entropy
 
 
 def of_one_set(moment):
     return make_feedback([(np.arange(len(moment)), moment)])
-
-
-def no_bits(codes):
-    return np.zeros(codes.shape)
 
 
 def correlated_moment(size, seed=0):
@@ -42,7 +39,7 @@ def test_equals_the_nearest_plane():
     moment = correlated_moment(9)
     feedback = of_one_set(moment)
     rows = np.random.default_rng(0).normal(size=(20, 9)) * 3
-    codes = feedback.round(rows, no_bits, 0.0)
+    codes = feedback.round(rows)
     # The nearest plane begins with the last coordinate, feedback with the first of its order.
     backwards = feedback.factors[0].order[::-1]
     matrix = damped(moment)[np.ix_(backwards, backwards)]
@@ -59,7 +56,7 @@ def test_gain_is_the_share_of_the_error_that_is_left():
         error = rows - codes
         return np.einsum("ri,ij,rj", error, damped(moment), error)
 
-    left = output_error(feedback.round(rows, no_bits, 0.0)) / output_error(np.rint(rows))
+    left = output_error(feedback.round(rows)) / output_error(np.rint(rows))
     assert 0.01 < feedback.gain < 0.7
     assert left == pytest.approx(feedback.gain, rel=0.03)
 
@@ -67,14 +64,14 @@ def test_gain_is_the_share_of_the_error_that_is_left():
 def test_inputs_that_do_not_meet_are_rounded_each_by_itself():
     feedback = of_one_set(torch.diag(torch.tensor([4.0, 1.0, 2.0, 3.0])))
     rows = np.random.default_rng(0).normal(size=(50, 4)) * 3
-    assert np.array_equal(feedback.round(rows, no_bits, 0.0), np.rint(rows))
+    assert np.array_equal(feedback.round(rows), np.rint(rows))
     assert feedback.gain == pytest.approx(1.0)
 
 
 def test_layer_without_input_is_rounded_to_the_nearest():
     feedback = of_one_set(torch.zeros(4, 4))
     rows = np.random.default_rng(0).normal(size=(50, 4)) * 3
-    assert np.array_equal(feedback.round(rows, no_bits, 0.0), np.rint(rows))
+    assert np.array_equal(feedback.round(rows), np.rint(rows))
 
 
 LAYERS = {
@@ -107,31 +104,31 @@ def test_rows_times_patches_are_the_output(layer):
     assert np.array_equal(feedback.weight(rows.detach().numpy(), layer.weight.shape), layer.weight.detach().numpy())
 
 
-def test_a_strided_transposed_convolution_has_the_factors_of_the_whole_moment_in_parts_of_it():
+@pytest.mark.parametrize("index", [0, 2, 4])
+def test_factors_are_those_of_the_gradients_of_single_samples(index):
+    """More places than output channels, fewer, and a transposed convolution: G'G and GG' by their definition."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.ConvTranspose2d(3, 2, 4, stride=2, padding=1), nn.Tanh(), nn.Flatten())
-    x = torch.randn(20, 3, 5, 5)
-    feedback = measure_feedback(network, lambda call, x: call(x).square().sum(1), (x,))["0.weight"]
-    assert [factor.upper.shape for factor in feedback.factors] == [(12, 12)] * 4  # 3 channels, 2 x 2 entries
-
-    # By the definition: an output is a sum over all 48 columns, most of which meet a zero.
-    output = network[0](x).detach()
-    gradient = 2 * output.tanh() * (1 - output.tanh().square())
-    columns = torch.eye(48).reshape(48, 3, 4, 4)
-    patches = torch.stack([F.conv_transpose2d(x, c[:, None].flip(2, 3), stride=2, padding=1) for c in columns], 2)
-    patches = patches.squeeze(1) * gradient.square().sum(1).sqrt()[:, None]  # (N, 48, H, W)
-    flat = patches.transpose(0, 1).flatten(1).double()
-    whole = of_one_set(flat @ flat.T)
-    assert feedback.gain == pytest.approx(whole.gain, rel=1e-4)
-    dense = np.zeros((48, 48))
-    for factor in feedback.factors:
-        dense[np.ix_(factor.order, factor.order)] = factor.upper.T @ factor.upper
-    (factor,) = whole.factors
-    expected = np.zeros((48, 48))
-    expected[np.ix_(factor.order, factor.order)] = factor.upper.T @ factor.upper
-    np.testing.assert_allclose(dense, expected, rtol=1e-3, atol=1e-5 * expected.max())
-    rows = np.random.default_rng(0).normal(size=(2, 48)) * 3
-    assert np.array_equal(feedback.round(rows, no_bits, 0.0), whole.round(rows, no_bits, 0.0))
+    network = nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1, stride=2), nn.Tanh(), nn.Conv2d(6, 20, 3, padding=1, stride=2), nn.Tanh(),
+        nn.ConvTranspose2d(20, 3, 4, stride=2, padding=1), nn.Tanh(), nn.Flatten(),
+    )  # fmt: skip
+    x = torch.randn(30, 2, 8, 8)
+    signs, loss = random_signs((30, 48), 0), signed_sum(lambda call, x: call(x))
+    measured = measure_feedback(network, loss, (x, signs))[f"{index}.weight"]
+    by_column = by_row = 0
+    for n in range(30):
+        network.zero_grad()
+        loss(network, x[n : n + 1], signs[n : n + 1]).sum().backward()
+        gradient = measured.rows(network[index].weight.grad).double()
+        by_column, by_row = by_column + gradient.T @ gradient, by_row + gradient @ gradient.T
+    sets = [(np.sort(f.order), by_column[np.sort(f.order)][:, np.sort(f.order)]) for f in measured.factors]
+    wanted = make_feedback(sets, measured.transposed, by_row)
+    assert sorted(np.concatenate([f.order for f in measured.factors])) == list(range(len(by_column)))
+    for factor, expected in zip(measured.factors, wanted.factors, strict=True):
+        assert np.array_equal(factor.order, expected.order)
+        np.testing.assert_allclose(factor.upper, expected.upper, rtol=1e-3, atol=1e-4 * expected.upper.max())
+    np.testing.assert_allclose(measured.by_rows.spread, wanted.by_rows.spread, atol=1e-5)
+    assert measured.gain == pytest.approx(wanted.gain, rel=1e-4) and measured.gain < measured.column_gain
 
 
 def test_only_the_upper_triangle_of_a_moment_is_read_and_what_is_not_finite_is_refused():

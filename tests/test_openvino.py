@@ -247,3 +247,25 @@ def test_without_the_packages_one_line_says_so(monkeypatch):
         engine_name("openvino", "int8", "mnist")
     assert engine_name("torch", "fp32", "mnist") == "torch"
     assert engine_name("openvino", "fp32", "mnist").startswith("openvino ")
+
+
+def test_a_network_of_diffusers_in_colour(tmp_path):
+    pytest.importorskip("diffusers")
+    from common.ddpm.architecture import build
+    from common.ddpm.pipelines import DiffusersConfig
+
+    unet = {
+        "sample_size": 16, "in_channels": 3, "out_channels": 3, "block_out_channels": [8, 16], "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "norm_num_groups": 4, "attention_head_dim": 8,
+    }  # fmt: skip
+    network = build(DiffusersConfig.of(unet)).eval()
+    images = torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    engine, device = OpenVINO(images, "noise", tmp_path), torch.device("cpu")
+    x, t = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([5, 500, 999])
+    expected = predicted(network, x, t)
+    for precision, low, high in (("fp32", 0, 1e-10), ("int8", 1e-7, 1e-2)):
+        sampling = Sampling(3, "ddim", 2, 0.0, 3, 0, "cpu", precision, "openvino")
+        given = engine.prepare("w", {})(network, sampling, device)(x, t)
+        assert low <= mean_square(given - expected) / mean_square(expected) < high, precision
+    assert len(engine.graph(network, "w", {}, sampling).inputs) == 2

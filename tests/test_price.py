@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.formats import entropy
+from common.formats import entropy, entropy_tables
 from common.training import price
 from common.training.price import CodeLengths, SizeControl, lengths_of, measure
 
@@ -44,7 +44,7 @@ def test_lengths_are_logarithms_of_shares():
     codes = random_codes(3, (500,)).int().tolist()
     counts = Counter(codes)
     reach = max(map(abs, codes)) + 1
-    assert reach < entropy.DIRECT
+    assert reach < entropy_tables.DIRECT
     bits = lengths_of(np.array([counts[k] for k in range(-reach, reach + 1)]))
     for k in range(-reach, reach + 1):
         assert bits[k + reach] == pytest.approx(-math.log2((counts[k] or 0.5) / 500))

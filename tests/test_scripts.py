@@ -118,8 +118,13 @@ def test_baseline_is_trained_and_then_found(call, real, tmp_path):
     assert "mnist features" in printed and "reference: mnist5k training digits" in printed
     # Every tensor, and a total that is that of the file.
     model = load_model(checkpoint)
-    assert all(f"\n{name} " in printed for name in model.state)
-    assert f"{sum(t.numel() for t in model.state.values()):,}" in printed
+    (every,) = Path("results/quick").glob("tensors-*.txt")
+    lines = every.read_text().splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [*model.state, "total"] and f"each tensor: {every}" in printed
+    parameters = f"{sum(t.numel() for t in model.state.values()):,}"
+    assert parameters in lines[-1] and f"total {len(model.state):>22} {parameters:>13}" in printed
+    third = [tensor.numel() for name, tensor in model.state.items() if name.startswith("layer3.")]
+    assert f"\nlayer3 {len(third):>21} {sum(third):>13,} " in printed
 
     content, table_file = checkpoint.read_bytes(), Path("results/quick/results.jsonl").read_bytes()
     again = call("simplediffusion")
@@ -306,8 +311,8 @@ def assert_repeated_elsewhere(call, row, printed):
     elsewhere = call("simplediffusion", "--checkpoint", row["file"], "--out", "elsewhere")
     assert table_of(elsewhere)[row["label"]] == table_of(printed)[row["label"]]
     repeated = row_of(row["label"], "elsewhere")
-    paths = {"file", "image_file"}
-    assert {k: v for k, v in repeated.items() if k not in paths} == {k: v for k, v in row.items() if k not in paths}
+    other = {"file", "image_file", "ms_per_step"}
+    assert {k: v for k, v in repeated.items() if k not in other} == {k: v for k, v in row.items() if k not in other}
 
 
 def test_packed_file_without_its_baseline(call, trained, real):

@@ -20,6 +20,9 @@ from common.errors import UserError
 from common.formats import entropy
 from common.formats.numbers import stored_bytes
 
+SAMPLED = 20_000  # of a tensor's weights, for a first guess at its entropy
+TOLERANCE = 5e-4  # of a file's size, below what was asked for
+TRIES = 20
 WIDTHS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp16", "fp32")
 
 
@@ -121,38 +124,64 @@ def entropy_coded(
     budget: int,
     feedback: dict[str, Feedback] | None = None,
     price: float = rounding.PRICE_OF_A_BIT,
+    trellis: bool = False,
 ) -> dict[str, torch.Tensor]:
     """`rounding.encode` of FP32 `weights` with steps by their Fisher `values`, in at most `budget` bytes.
 
     size: the bytes of what is stored; feedback: of the weights that are rounded by it; price: of a bit, in squared
-    steps. At high resolution the least sum of F step^2 / 12 for its entropy has steps proportional to 1 / sqrt(F), so
-    one factor remains to be found. Tensors of value zero, which the loss does not reach, become zero. Raises
-    BudgetError, and UserError where a value is not finite.
+    steps; trellis: whether weights are coded by one. At high resolution the least sum of F step^2 / 12 for its entropy
+    has steps proportional to 1 / sqrt(F), so one factor remains to be found. Tensors of value zero, which the loss does
+    not reach, become zero. Raises BudgetError, and UserError where a value is not finite.
     """
     _require_finite(values)
     largest = {name: max(1e-30, float(weight.abs().max())) for name, weight in weights.items()}
+    how = rounding.Rounding(feedback or {}, price, trellis)
 
-    def encode(factor: float, feedback: dict[str, Feedback] | None) -> dict[str, torch.Tensor]:
+    def steps_of(factor: float) -> dict[str, float]:
         steps = {}
         for name, w in largest.items():
             finest, all_zero = 1.01 * w / entropy.LARGEST_CODE, 3 * w
             step = factor / values[name] ** 0.5 if values[name] > 0 else all_zero
+            step *= how.relative_step(name, weights[name].shape)
             steps[name] = min(max(step, finest), all_zero)
-        return rounding.encode(weights, steps, feedback, price)
+        return steps
+
+    def encode(factor: float) -> dict[str, torch.Tensor]:
+        return rounding.encode(weights, steps_of(factor), how.feedback, price, trellis)
 
     coarsest = max(3 * w * values[name] ** 0.5 for name, w in largest.items())  # from here on every code is zero
-    best = encode(coarsest, None)
+    coarsest /= min(how.relative_step(name, weight.shape) for name, weight in weights.items())
+    zeros = {name: np.zeros(tuple(weight.shape), np.int64) for name, weight in weights.items()}
+    best = entropy.encode(zeros, steps_of(coarsest))
     if (smallest := size(best)) > budget:
         raise BudgetError(smallest)
     if coarsest == 0:  # the loss reaches none
         return best
+    guess = _factor_of_entropy(weights, values, 8 * (budget - smallest), coarsest)
+    return _fit(encode, size, budget, guess, coarsest) or best
 
-    factor, found = _finest(lambda f: encode(f, None), size, budget, coarsest * 1e-9, coarsest, 1e-4)
-    best = found or best
-    if feedback:  # a little longer or shorter than entry by entry
-        _, found = _finest(lambda f: encode(f, feedback), size, budget, factor / 1.2, factor * 1.2, 1e-3)
-        best = found or best
-    return best
+
+def _factor_of_entropy(weights: dict[str, torch.Tensor], values: dict[str, float], bits: int, coarsest: float) -> float:
+    """The factor at which the codes of the nearest multiples, of a share of the weights, have about these bits."""
+    shares = {
+        name: weight.detach().cpu().flatten()[:: 1 + weight.numel() // SAMPLED] for name, weight in weights.items()
+    }
+
+    def entropy_bits(factor: float) -> float:
+        total = 0.0
+        for name, share in shares.items():
+            if not values[name] > 0:
+                continue
+            codes = (share * float(values[name] ** 0.5 / factor)).round().long().clamp(-(2**20), 2**20)
+            counts = torch.unique(codes, return_counts=True)[1].double()
+            total -= float((counts * (counts / counts.sum()).log2()).sum()) * weights[name].numel() / len(share)
+        return total
+
+    low, high = coarsest * 1e-9, coarsest
+    while high / low > 1.01:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if entropy_bits(middle) > bits else (low, middle)
+    return high
 
 
 def _require_finite(values: dict[str, float]) -> None:
@@ -161,6 +190,53 @@ def _require_finite(values: dict[str, float]) -> None:
             raise UserError(
                 f"the Fisher value of {name} is {value}, not a finite number of at least 0; measure it anew"
             )
+
+
+def _fit(
+    encode: Callable[[float], dict[str, torch.Tensor]],
+    size: Callable[[dict[str, torch.Tensor]], int],
+    budget: int,
+    guess: float,
+    highest: float,
+) -> dict[str, torch.Tensor] | None:
+    """What the smallest argument of `encode`, up to `highest`, gives whose size fits, to within `TOLERANCE` of the
+    budget or a thousandth of a percent of the argument; None where none was found.
+
+    By secants of log size against log argument, from `guess`, within the bracket of what fits and what does not.
+    """
+    low, high, best, tried = 0.0, highest, None, []
+    at = min(guess, highest)
+    for _ in range(TRIES):
+        stored = encode(at)
+        found = size(stored)
+        tried.append((math.log(at), math.log(found)))
+        if found <= budget:
+            high, best = at, stored
+            if found >= (1 - TOLERANCE) * budget:
+                break
+        else:
+            low = at
+        if low and high / low < 1 + 1e-5:
+            break
+        at = _next_try(tried, math.log((1 - TOLERANCE / 2) * budget), low, high, bool(best))
+    return best
+
+
+def _next_try(tried: list[tuple[float, float]], goal: float, low: float, high: float, bracketed: bool) -> float:
+    """Where the line through the last two of `tried` (log argument, log size) meets the goal; bisects where that leaves
+    the bracket, or does not close it in a few tries."""
+    slope = -0.6
+    if len(tried) > 1 and tried[-1][0] != tried[-2][0]:
+        slope = min(-0.05, (tried[-1][1] - tried[-2][1]) / (tried[-1][0] - tried[-2][0]))
+    step = (goal - tried[-1][1]) / slope
+    at = math.exp(tried[-1][0] + min(max(step, -2.0), 2.0))
+    if not low:
+        return min(at, high * 0.999)
+    if not bracketed:
+        return min(max(at, low * 1.0005), high)
+    if len(tried) % 4 == 0 or not low < at < high:
+        return (low * high) ** 0.5
+    return at
 
 
 def requantize_to_size(

@@ -1,12 +1,15 @@
-"""Rounding that looks at its neighbours: the error of each column is made good by the columns still to be rounded.
+"""Rounding that looks at its neighbours: the error of each weight is made good by those still to be rounded.
 
-A layer's output is its weight, a matrix of rows, times the patches of its input. Where patches are alike, the error of
-one entry can be undone by others. The second moment of the patches says how: successive rounding with the Cholesky
-factor of its inverse (Frantar et al. 2023, "GPTQ", algorithm 1).
+A layer's output is its weight, a matrix of rows (output channels), times the patches of its input. Where patches are
+alike, the error of one column can be undone by others, and where the loss feels outputs alike, that of one row by
+others. Two second moments of the weight's gradients say how, one for columns and one for rows: the curvature of the
+loss is taken for their Kronecker product (Tseng et al. 2025, "Model-Preserving Adaptive Rounding", arXiv 2505.22988,
+sketch B). Successive rounding takes the Cholesky factor of the inverse of each (Frantar et al. 2023, "GPTQ", algorithm
+1): from column to column, and within a column from row to row.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,30 +18,57 @@ from scipy.linalg import blas, lapack
 from torch import nn
 from tqdm import tqdm
 
+from common.choose.trellis_search import search_block
 from common.fisher.gradients import SampleLoss, is_plain_convolution, visit_layers
+from common.formats.trellis import NO_TRELLIS
 
 DAMPING = 0.01  # of the mean second moment, added to each: directions that no sample showed cost something too
+ROW_DAMPING = 0.3  # that of rows, which are fewer samples of a rougher approximation; with 0.01 feedback by rows harms
 BLOCK = 64  # columns whose errors are handed on together
 CHUNK = 16  # samples
+ANY = 2**31 - 1  # a largest code that bounds nothing
 
 
 @dataclass(frozen=True)
 class Factor:
-    """For columns that no patch sees together with others: their order of rounding (K,), indices of columns, and the
-    upper Cholesky factor (K, K), float32, of the inverse of their damped second moment in that order."""
+    """For columns that are rounded one after the other: their order (K,), indices of columns, and the upper Cholesky
+    factor (K, K), float32, of the inverse of their damped second moment in that order."""
 
     order: np.ndarray
     upper: np.ndarray
 
 
 @dataclass(frozen=True)
+class RowFactor:
+    """For the rows of a column, which are rounded in their order: weights (R,) of what is left of squared errors, and
+    spread (R, R), how much of a row's error is added to the targets of later rows; float64. No `spread`: (0, 0)."""
+
+    weights: np.ndarray
+    spread: np.ndarray
+
+
+@dataclass(frozen=True)
 class Feedback:
-    """For one weight: the factors of its columns; `transposed`: of a transposed convolution; `gain`: the squared error
-    of the output, as a share of what it is where each entry is rounded by itself with the same step."""
+    """For one weight: the factors of its columns; `transposed`: of a transposed convolution; column_gain: the squared
+    error of the output, as a share of what it is where each entry is rounded by itself with the same step; by_rows:
+    None where rows do not mend each other's errors."""
 
     factors: list[Factor]
     transposed: bool
-    gain: float
+    column_gain: float
+    by_rows: RowFactor | None = None
+
+    @property
+    def gain(self) -> float:
+        """`column_gain`, and the same of rows."""
+        return self.column_gain * (1.0 if self.by_rows is None else float(self.by_rows.weights.mean()))
+
+    def with_scales(self, scales: np.ndarray) -> "Feedback":
+        """The same for rows that are in units of their own `scales` (R,)."""
+        if self.by_rows is None:
+            return self
+        weights, spread = self.by_rows.weights * scales**2, self.by_rows.spread * (scales[:, None] / scales)
+        return replace(self, by_rows=RowFactor(weights, spread))
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as (output channels, K), to be multiplied with patches (K,) of the input."""
@@ -52,58 +82,68 @@ class Feedback:
         return rows.reshape(outputs, inputs, *kernel)[:, :, ::-1, ::-1].swapaxes(0, 1)
 
     def round(
-        self, rows: np.ndarray, bits: Callable[[np.ndarray], np.ndarray], price: float, largest: int | None = None
+        self,
+        rows: np.ndarray,
+        bits: np.ndarray | None = None,
+        price: float = 0.0,
+        largest: int = ANY,
+        next_state: np.ndarray = NO_TRELLIS,
     ) -> np.ndarray:
         """Integers (R, K) for `rows` (R, K), which are in units of the step.
 
-        bits: the length of each code; price: of a bit, in units of a mean column's squared error; largest: magnitude
-        of a code, where codes have an end, and what is cut off there is an error like any other.
+        bits (quantizers, 2 n + 1): the length of each code from -n to n, those at the ends for all beyond; price: of a
+        bit, in units of a mean entry's squared error; largest: magnitude of a code, where codes have an end, and what
+        is cut off there is an error like any other; next_state: the trellis, which runs down each column.
         """
+        by_rows = self.by_rows or RowFactor(np.ones(len(rows)), np.empty((0, 0)))
+        bits = np.zeros((2, 1)) if bits is None else bits
+        bits = bits if len(bits) == 2 else np.repeat(bits, 2, axis=0)
+        left = [1 / np.square(factor.upper.diagonal().astype(np.float64)) for factor in self.factors]
+        price = float(price * np.concatenate(left).mean() * by_rows.weights.mean())
         codes = np.empty(rows.shape, np.int64)
-        costs = [1 / np.square(factor.upper.diagonal().astype(np.float64)) for factor in self.factors]
-        price = price * np.concatenate(costs).mean()
-        for factor, of_column in zip(self.factors, costs, strict=True):
-            codes[:, factor.order] = _round(rows[:, factor.order], factor.upper, bits, price / of_column, largest)
+        for factor in self.factors:
+            columns = np.ascontiguousarray(rows[:, factor.order].T, dtype=np.float64)
+            found = _round(columns, factor.upper, by_rows, bits, price, largest, next_state)
+            codes[:, factor.order] = found.T
         return codes
 
 
 def _round(
-    rows: np.ndarray,
+    rest: np.ndarray,
     upper: np.ndarray,
-    bits: Callable[[np.ndarray], np.ndarray],
-    prices: np.ndarray,
-    largest: int | None,
+    by_rows: RowFactor,
+    bits: np.ndarray,
+    price: float,
+    largest: int,
+    next_state: np.ndarray,
 ) -> np.ndarray:
-    """Integers (R, K) for `rows` (R, K), in the order of `upper` (K, K); prices (K,) in squared steps."""
-    size = rows.shape[1]
-    rest, codes = rows.astype(np.float64), np.empty(rows.shape, np.int64)
+    """Integers (K, R) for columns `rest` (K, R) in the order of `upper` (K, K); writes over `rest`."""
+    size, upper, spread = len(rest), upper.astype(np.float64), by_rows.spread.astype(np.float32)
+    codes, values = np.empty(rest.shape, np.int64), np.empty(rest.shape, np.int64)
     for start in range(0, size, BLOCK):
         end = min(size, start + BLOCK)
-        errors = np.empty((len(rest), end - start))
-        for j in range(start, end):
-            column = rest[:, j]
-            nearest = np.rint(column) if largest is None else np.rint(column).clip(-largest, largest)
-            code = toward_zero(column, nearest.astype(np.int64), bits, prices[j])
-            error = (column - code) / upper[j, j]
-            rest[:, j + 1 : end] -= np.outer(error, upper[j, j + 1 : end])
-            codes[:, j], errors[:, j - start] = code, error
-        rest[:, end:] -= errors @ upper[start:end, end:]
+        errors = np.empty((end - start, rest.shape[1]))
+        search_block(
+            rest, upper, start, end, by_rows.weights, spread, next_state, bits, price, largest, codes, values,
+            errors,
+        )  # fmt: skip
+        rest[end:] -= upper[start:end, end:].T @ errors
     return codes
 
 
-def toward_zero(
-    scaled: np.ndarray, codes: np.ndarray, bits: Callable[[np.ndarray], np.ndarray], price: float
-) -> np.ndarray:
-    """`codes`, or the next toward zero where its fewer bits pay for its squared error (rate-distortion optimised
-    quantization, Sullivan & Wiegand 1998)."""
-    lower = codes - np.sign(codes)
-    gain = (scaled - lower) ** 2 - (scaled - codes) ** 2 + price * (bits(lower) - bits(codes))
-    return np.where((gain < 0) & (abs(scaled - lower) < 1), lower, codes)
+def no_feedback(weight_shape: torch.Size, transposed: bool = False) -> Feedback:
+    """Columns and rows that know nothing of each other."""
+    rows = weight_shape[1] if transposed else weight_shape[0]
+    size = weight_shape.numel() // rows
+    blocks = [np.arange(start, min(size, start + BLOCK)) for start in range(0, size, BLOCK)]
+    return Feedback([Factor(block, np.eye(len(block), dtype=np.float32)) for block in blocks], transposed, 1.0)
 
 
-def make_feedback(moments: list[tuple[np.ndarray, torch.Tensor]], transposed: bool = False) -> Feedback:
-    """Of the second moments of a layer's patches, of which the upper triangles are read: pairs (columns (K,), moment
-    (K, K)), one for each set of columns that no patch sees together with the others.
+def make_feedback(
+    moments: list[tuple[np.ndarray, torch.Tensor]], transposed: bool = False, of_rows: torch.Tensor | None = None
+) -> Feedback:
+    """Of the second moments of a weight's gradients by column, of which the upper triangles are read: pairs (columns
+    (K,), moment (K, K)), one for each set of columns that no patch sees together with the others; and by row, (R, R).
 
     Raises ValueError where they are not finite.
     """
@@ -114,7 +154,23 @@ def make_feedback(moments: list[tuple[np.ndarray, torch.Tensor]], transposed: bo
         order, upper = _factorize(moment, damping)
         factors.append(Factor(columns[order], upper.astype(np.float32)))
         left.append(1 / upper.diagonal() ** 2)
-    return Feedback(factors, transposed, float(np.concatenate(left).mean() / (mean + damping)))
+    gain = float(np.concatenate(left).mean() / (mean + damping))
+    by_rows = None if of_rows is None or len(of_rows) < 2 else factorize_rows(of_rows)
+    return Feedback(factors, transposed, gain, by_rows)
+
+
+def factorize_rows(moment: torch.Tensor) -> RowFactor:
+    """The factor of a second moment (R, R) of rows, damped, whose mean diagonal entry becomes 1. Raises ValueError
+    where it is not finite."""
+    mean = float(moment.diagonal().double().mean()) or 1.0
+    matrix = (moment.detach().cpu().double().numpy() / mean + ROW_DAMPING * np.eye(len(moment))) / (1 + ROW_DAMPING)
+    lower, failed = lapack.dpotrf(matrix[::-1, ::-1], lower=1)
+    if failed or not np.isfinite(lower.diagonal()).all():
+        raise ValueError("the second moments of a layer's gradients are not finite")
+    inverse, _ = lapack.dtrtri(lower, lower=1)
+    upper = np.triu(inverse[::-1, ::-1])
+    own = upper.diagonal()
+    return RowFactor(1 / own**2, np.ascontiguousarray(-upper / own[:, None]))
 
 
 def _factorize(moment: torch.Tensor, damping: float) -> tuple[np.ndarray, np.ndarray]:
@@ -136,26 +192,46 @@ def _factorize(moment: torch.Tensor, damping: float) -> tuple[np.ndarray, np.nda
 def measure_feedback(network: nn.Module, loss: SampleLoss, samples: tuple[torch.Tensor, ...]) -> dict[str, Feedback]:
     """{weight: Feedback} of the linear layers and the plain convolutions of `network` that the loss calls.
 
-    Each patch counts by the squared gradient of the sample's loss at the output that it makes, so that places and
-    samples that do not matter do not decide. Every process measures all: a sum of other parts would round otherwise.
+    The moments are those of the samples' gradients G (R, K) by each weight: the sums of G'G by columns and of GG' by
+    rows. With a loss that is `gauss_newton.signed_sum` they are sums of blocks of the Gauss-Newton matrix. Every
+    process measures all: a sum of other parts would round otherwise.
     """
     layers = {name: module for name, module in network.named_modules() if _has_patches(module)}
     moments: dict[str, list[tuple[np.ndarray, torch.Tensor]]] = {}
+    of_rows: dict[str, torch.Tensor] = {}
 
     def visit(name: str, layer: nn.Module, x: torch.Tensor, g: torch.Tensor, calls_left: int) -> None:
-        weights = _places_last(layer, g).float().square().sum(1).sqrt()  # (N, L)
+        g = _places_last(layer, g).float()  # (N, R, L)
+        if name not in of_rows:
+            of_rows[name] = g.new_zeros(g.shape[1], g.shape[1])
         for i, (columns, places, patches) in enumerate(patches_of(layer, x)):
             if len(moments.setdefault(name, [])) == i:
-                moments[name].append((columns, x.new_zeros(len(columns), len(columns), dtype=torch.float32)))
-            rows = patches.transpose(1, 2).flatten(0, 1) * weights[:, places].reshape(-1, 1)  # (N L, K)
-            _add_products(moments[name][i][1], rows.float())
+                moments[name].append((columns, g.new_zeros(len(columns), len(columns))))
+            factors = _gradient_factors(g[:, :, places], patches.float(), of_rows[name])
+            _add_products(moments[name][i][1], factors)
 
     for start in tqdm(range(0, len(samples[0]), CHUNK), desc="moments", unit="batch"):
         visit_layers(network, layers, loss, tuple(s[start : start + CHUNK] for s in samples), visit)
     feedback = {}
     for name in tqdm(list(moments), desc="factors", unit="layer"):  # each moment goes as its factor comes
-        feedback[f"{name}.weight"] = make_feedback(moments.pop(name), isinstance(layers[name], nn.ConvTranspose2d))
+        transposed = isinstance(layers[name], nn.ConvTranspose2d)
+        feedback[f"{name}.weight"] = make_feedback(moments.pop(name), transposed, of_rows.pop(name))
     return feedback
+
+
+def _gradient_factors(g: torch.Tensor, patches: torch.Tensor, of_rows: torch.Tensor) -> torch.Tensor:
+    """Rows (M, K) whose inner products of columns are the sum of G'G, for gradients G = g patches' of each sample; g
+    (N, R, L), patches (N, K, L). Adds the sum of GG' to `of_rows`."""
+    if g.shape[1] <= g.shape[2]:
+        gradients = g @ patches.transpose(1, 2)  # (N, R, K)
+        by_row = gradients.transpose(0, 1).flatten(1)
+        of_rows.addmm_(by_row, by_row.T)
+        return gradients.flatten(0, 1)
+    of_rows += (g @ (patches.transpose(1, 2) @ patches) @ g.transpose(1, 2)).sum(0)
+    inner = (g.transpose(1, 2) @ g).double()  # fewer places than rows: the roots of (N, L, L) do
+    tiny = 1e-9 * inner.diagonal(dim1=1, dim2=2).mean(1) + 1e-300
+    roots = torch.linalg.cholesky(inner + tiny[:, None, None] * torch.eye(len(inner[0])).to(inner)).float()
+    return (patches @ roots).transpose(1, 2).flatten(0, 1)
 
 
 def _add_products(moment: torch.Tensor, rows: torch.Tensor) -> None:

@@ -47,7 +47,7 @@ def _with_feedback(weight: torch.Tensor, scale: torch.Tensor, fmt: str, axis: in
     """Codes on the grid of these scales, each output channel's own: what is a row to feedback is a channel here."""
     scaled = weight.detach().cpu().double() / along(scale.cpu(), axis, weight.dim()).double()
     rows = feedback.rows(scaled).numpy()
-    codes = feedback.round(rows, lambda codes: np.zeros(codes.shape), 0.0, largest_code(fmt))
+    codes = feedback.with_scales(scale.cpu().double().numpy().ravel()).round(rows, largest=largest_code(fmt))
     codes = np.ascontiguousarray(feedback.weight(codes, weight.shape).astype(np.int8))
     return IntegerTensor(torch.from_numpy(codes), scale.cpu(), axis)
 

@@ -1,18 +1,44 @@
 """Which integers stand for weights: the nearest multiples of a step, or others whose fewer bits pay for their error."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from common.choose.feedback import Feedback, toward_zero
+from common.choose.feedback import Feedback, no_feedback
 from common.formats import entropy
-from common.formats.entropy import LARGEST_CODE, Group, code_lengths, groups_of
+from common.formats.entropy import LARGEST_CODE
+from common.formats.trellis import NO_TRELLIS, TRELLIS, columns_of
 
 # Steps proportional to 1 / sqrt(F) spend squared error F step^2 / 12 for entropy -log2(step); this is the price of a
 # bit in units of F step^2 at which both move together.
 PRICE_OF_A_BIT = np.log(2) / 6
+# The same for a trellis, whose multiples lie twice as densely and whose errors are smaller: the best of some at 2 bits.
+TRELLIS_PRICE = 0.4
+TRELLIS_STEP = 0.6  # of a trellis, where 1 is that of a quantizer without one that takes about as many bits
+FEWEST_ROWS = 8  # of a column down which a trellis runs: it begins in a state that allows one quantizer alone
 FEEDBACK_REACH = 2**16  # codes beyond it are of steps so fine that they are rounded entry by entry
+TABLED_REACH = 2**10  # lengths of codes up to it are looked up
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How weights become integers. feedback: of the weights that are rounded by it; price: of a bit, in squared steps
+    of a quantizer without a trellis (0: the nearest); trellis: whether weights of two dimensions or more have one."""
+
+    feedback: dict[str, Feedback] = field(default_factory=dict)
+    price: float = PRICE_OF_A_BIT
+    trellis: bool = False
+
+    def axis(self, name: str, shape: torch.Size) -> int | None:
+        """The dimension of a weight, that of output channels, down which its trellis runs; None: it has none."""
+        axis = 1 if name in self.feedback and self.feedback[name].transposed else 0
+        return axis if self.trellis and len(shape) > 1 and shape[axis] >= FEWEST_ROWS else None
+
+    def relative_step(self, name: str, shape: torch.Size) -> float:
+        """The step of a weight where 1 is that of one without a trellis."""
+        return 1.0 if self.axis(name, shape) is None else TRELLIS_STEP
 
 
 def encode(
@@ -20,66 +46,79 @@ def encode(
     steps: dict[str, float],
     feedback: dict[str, Feedback] | None = None,
     price: float = PRICE_OF_A_BIT,
+    trellis: bool = False,
 ) -> dict[str, torch.Tensor]:
     """What a file stores of `weights`, as `choose_codes` rounds them."""
-    return entropy.encode(choose_codes(weights, steps, feedback, price), steps)
+    rounding = Rounding(feedback or {}, price, trellis)
+    axes = {name: rounding.axis(name, weight.shape) for name, weight in weights.items()}
+    return entropy.encode(choose_codes(weights, steps, rounding), steps, axes)
 
 
 def choose_codes(
-    weights: dict[str, torch.Tensor],
-    steps: dict[str, float],
-    feedback: dict[str, Feedback] | None = None,
-    price: float = PRICE_OF_A_BIT,
+    weights: dict[str, torch.Tensor], steps: dict[str, float], rounding: Rounding
 ) -> dict[str, np.ndarray]:
-    """Integers, int64 of the weights' shapes, that times their steps are near `weights`.
+    """Integers, int64 of the weights' shapes, that stand for multiples of their steps near `weights`.
 
-    Where the next code toward zero is so much shorter that it pays for its error, it is taken, at the `price` of a bit
-    in squared steps. Weights that have `feedback` are rounded by it, the others entry by entry.
-    Raises ValueError for a step that is not positive or so small that codes pass LARGEST_CODE.
+    Where another code is so much shorter that it pays for its error, it is taken. Raises ValueError for a step that is
+    not positive or so small that codes pass LARGEST_CODE.
     """
-    feedback = feedback or {}
-    groups = groups_of({name: weight.shape for name, weight in weights.items()})
 
-    def choose(group: Group) -> list[np.ndarray]:
-        scaled = np.concatenate([_scaled(weights[name], np.float32(steps[name])) for name in group.names])
-        codes = _choose_codes(scaled, price)
-        if (rounding := feedback.get(group.names[0])) is not None and abs(codes).max() < FEEDBACK_REACH:
-            codes = _choose_with_feedback(weights[group.names[0]].shape, scaled, codes, rounding, price)
-        return np.split(codes, np.cumsum(group.sizes)[:-1])
+    def choose(name: str) -> np.ndarray:
+        return _choose(weights[name].shape, _scaled(weights[name], np.float32(steps[name])), rounding, name)
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy's loops leave the interpreter to the others
-        chosen = {
-            name: part
-            for group, parts in zip(groups, pool.map(choose, groups), strict=True)
-            for name, part in zip(group.names, parts, strict=True)
-        }
-    return {name: chosen[name].reshape(weight.shape) for name, weight in weights.items()}
+    big = [name for name, weight in weights.items() if weight.dim() > 1]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # compiled loops leave the interpreter to the others
+        chosen = dict(zip(big, pool.map(choose, big), strict=True))
+    if small := [name for name in weights if name not in chosen]:  # too few entries for statistics of their own
+        scaled = [_scaled(weights[name], np.float32(steps[name])).ravel() for name in small]
+        together = _choose(torch.Size([sum(map(len, scaled)), 1]), np.concatenate(scaled)[:, None], rounding)
+        parts = np.split(together.ravel(), np.cumsum([len(part) for part in scaled])[:-1])
+        chosen |= {name: part.reshape(weights[name].shape) for name, part in zip(small, parts, strict=True)}
+    return {name: chosen[name] for name in weights}
 
 
 def _scaled(weight: torch.Tensor, step: np.float32) -> np.ndarray:
     if not step > 0:
         raise ValueError(f"a step of {step} is not positive")
-    scaled = weight.detach().cpu().double().numpy().ravel() / float(step)
+    scaled = weight.detach().cpu().double().numpy() / float(step)
     if not abs(scaled).max() <= LARGEST_CODE:
         raise ValueError(f"a step of {step} is too small for a weight of {weight.abs().max():.3g}")
     return scaled
 
 
-def _choose_codes(scaled: np.ndarray, price: float, rounds: int = 3) -> np.ndarray:
-    """Integers near `scaled`, entry by entry."""
-    codes = np.rint(scaled).astype(np.int64)
-    for _ in range(rounds):
-        before, codes = codes, toward_zero(scaled, codes, code_lengths(codes), price)
-        if np.array_equal(codes, before):  # and so would be the next
-            break
+def _choose(shape: torch.Size, scaled: np.ndarray, rounding: Rounding, name: str = "", rounds: int = 3) -> np.ndarray:
+    """Integers near `scaled`, a weight of `shape` in units of its step."""
+    axis = rounding.axis(name, shape) if name else None
+    feedback = rounding.feedback.get(name)
+    if feedback is None or abs(scaled).max() >= FEEDBACK_REACH:
+        feedback = no_feedback(shape, axis == 1)
+    next_state, price = (NO_TRELLIS, 1.0) if axis is None else (TRELLIS, TRELLIS_PRICE / PRICE_OF_A_BIT)
+    rows = feedback.rows(torch.from_numpy(scaled)).numpy()
+    codes = np.rint(scaled / (1 if axis is None else 2)).astype(np.int64)
+    for left in reversed(range(rounds if rounding.price else 1)):  # feedback by rows, which takes long, in the last
+        by = replace(feedback, by_rows=None) if left else feedback
+        bits = code_lengths(columns_of(codes, axis or 0), next_state)
+        found = by.round(rows, bits, rounding.price * price, LARGEST_CODE, next_state)
+        codes = np.ascontiguousarray(feedback.weight(found, shape))
     return codes
 
 
-def _choose_with_feedback(
-    shape: torch.Size, scaled: np.ndarray, codes: np.ndarray, feedback: Feedback, price: float, rounds: int = 2
-) -> np.ndarray:
-    """Integers near `scaled` (entries of a weight of `shape`), by feedback; `codes`: those chosen entry by entry."""
-    rows = feedback.rows(torch.from_numpy(scaled).reshape(shape)).numpy()
-    for _ in range(rounds):
-        codes = feedback.round(rows, code_lengths(codes.ravel()), price)
-    return np.ascontiguousarray(feedback.weight(codes, shape)).ravel()
+def code_lengths(codes: np.ndarray, next_state: np.ndarray) -> np.ndarray:
+    """(quantizers, 2 n + 1): the bits that each code from -n to n would take beside `codes` (columns, rows), after each
+    quantizer's own statistics; one that is not there takes as many as a fourth of one that is there once."""
+    reach = min(TABLED_REACH, int(abs(codes).max()) + 8)
+    tabled = codes.clip(-reach, reach) + reach
+    quantizers = _quantizers(codes, next_state)
+    lengths = []
+    for quantizer in range(min(2, len(next_state))):
+        counts = np.bincount(tabled[quantizers == quantizer], minlength=2 * reach + 1) + 0.25
+        lengths.append(np.log2(counts.sum() / counts))
+    return np.stack(lengths)
+
+
+def _quantizers(codes: np.ndarray, next_state: np.ndarray) -> np.ndarray:
+    """Which quantizer each of codes (columns, rows) belongs to."""
+    states = np.zeros(codes.shape, np.int32)
+    for r in range(1, codes.shape[1]):
+        states[:, r] = next_state[states[:, r - 1], codes[:, r - 1] & 1]
+    return states & 1

@@ -52,7 +52,7 @@ def noised_images(images: torch.Tensor, schedule: Schedule, steps: int, name: st
     met = schedule.spaced_timesteps(steps)
     t = torch.tensor([met[i * len(met) // len(chosen)] for i in range(len(chosen))])
     t = t[torch.randperm(len(t), generator=generator)]  # so that each batch has both noise and images in it
-    noise = NoiseStreams(derive_seed(SEED, "calibration"), range(len(chosen))).draw()
+    noise = NoiseStreams(derive_seed(SEED, "calibration"), range(len(chosen)), tuple(images.shape[1:])).draw()
     return Calibration(schedule.add_noise(images[chosen], t, noise), t, f"{len(chosen)} of {name}, {steps} steps")
 
 

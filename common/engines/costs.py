@@ -28,10 +28,10 @@ def layer_costs(network: nn.Module, graph, x: torch.Tensor, t: torch.Tensor) -> 
 
     The mean over images is weighed by `Schedule.image_weights`.
     """
-    network = network.cpu().float()
-    layers = {name: network.get_submodule(name) for name in integer_layers(graph)}
+    network, ranges = network.cpu().float(), input_ranges(graph)
+    layers = {name: network.get_submodule(name) for name in integer_layers(graph) if name in ranges}
     exact = deepcopy(layers)  # which can be called without being watched
-    coarse, ranges = with_weights(layers, dequantized_weights(graph)), input_ranges(graph)
+    coarse = with_weights(layers, dequantized_weights(graph))
     x, t = x[:IMAGES], t[:IMAGES]
     importance = torch.tensor(schedule_of(network.architecture).image_weights(t.tolist()))
     signs, costs = random_signs(tuple(x.shape), SEED), dict.fromkeys(layers, 0.0)
@@ -51,8 +51,8 @@ def layer_costs(network: nn.Module, graph, x: torch.Tensor, t: torch.Tensor) -> 
 def with_weights(layers: dict[str, nn.Module], weights: dict[str, torch.Tensor]) -> dict[str, nn.Module]:
     """Copies of the layers that have these weights."""
     copies = deepcopy(layers)
-    for name, weight in weights.items():
-        copies[name].weight.data.copy_(weight)
+    for name, copy in copies.items():
+        copy.weight.data.copy_(weights[name])
     return copies
 
 

@@ -1,72 +1,43 @@
 """Integers stored at close to their entropy: the codes of weights that are multiples of steps, one for each tensor.
 
-A code of magnitude 16 or more is a symbol, its leading bits, and a remainder that is stored as it is; so the tables of
-frequencies stay small at any step. Symbols are coded by asymmetric numeral systems (Duda 2013), from the package
-constriction. 1-D tensors, too small for a table each, share one.
+Version 2, which is written: docs/file-format.md says it byte by byte. The codes of a weight are those of its
+multiples, or the integers of a trellis that runs down its output channels (`common.formats.trellis`); all go through
+one adaptive coder (`common.formats.coder`). Files of version 1 are read (`common.formats.entropy_tables`).
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from common.formats import coder, entropy_tables
+from common.formats.coder import LARGEST_CODE
+from common.formats.trellis import NO_TRELLIS, TRELLIS, columns_of, multiples, of_columns
 from common.runtime import sealed
 
-DIRECT = 16  # magnitudes below it are symbols of their own
-TABLED_REACH = 2**16  # lengths of codes up to it are looked up, those beyond are computed
-LARGEST_CODE = 2**24 - 1  # of the integers that float32 holds exactly
-LARGEST_SYMBOL = 175  # that of LARGEST_CODE: 8 * 20 bits of remainder + leading bits 15
+MOST_CODES_PER_BYTE = 12_000  # a decision takes 0.0007 bits or more
+_LAYOUTS = {None: 0, 0: 1, 1: 2}  # {the axis of the trellis: what the file says}
 
 
-@dataclass(frozen=True)
-class Group:
-    """Tensors whose codes share a table: their names and numbers of entries."""
+def encode(
+    codes: dict[str, np.ndarray], steps: dict[str, float], axes: dict[str, int | None] | None = None
+) -> dict[str, torch.Tensor]:
+    """What a file stores of weights that `codes` {name: integers of the weight's shape} and `steps` {name: step} say.
 
-    names: list[str]
-    sizes: list[int]
-
-
-def groups_of(shapes: dict[str, Sequence[int]]) -> list[Group]:
-    """One group for each tensor of two dimensions or more, and one for all others."""
-    alone = [Group([name], [math.prod(shape)]) for name, shape in shapes.items() if len(shape) > 1]
-    small = [name for name, shape in shapes.items() if len(shape) < 2]
-    return alone + ([Group(small, [math.prod(shapes[name]) for name in small])] if small else [])
-
-
-def encode(codes: dict[str, np.ndarray], steps: dict[str, float]) -> dict[str, torch.Tensor]:
-    """What a file stores of weights that are `codes` {name: integers of the weight's shape} times `steps` {name: step}.
-
-    Raises ValueError for a code beyond LARGEST_CODE.
+    axes: {name: the dimension, 0 or 1, down which a trellis runs; None: the weight is codes times step}. Raises
+    ValueError for a code beyond LARGEST_CODE.
     """
-    import constriction  # here and below: entropy coding alone needs it
-
-    def describe(group: Group) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
-        """Symbols from 0 up, the lowest of them, the table of their frequencies, and the bits of the remainders."""
-        of_group = np.concatenate([codes[name].ravel() for name in group.names])
-        if abs(of_group).max() > LARGEST_CODE:
-            raise ValueError(f"a code of {abs(of_group).max()} is larger than {LARGEST_CODE}")
-        symbols, extra, widths = _split(of_group)
-        low, table = _table(symbols)
-        return (symbols - low).astype(np.int32), low, table, _remainder_bits(extra, widths)
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy's loops leave the interpreter to the others
-        described = list(pool.map(describe, groups_of({name: of.shape for name, of in codes.items()})))
-    coder = constriction.stream.stack.AnsCoder()
-    for symbols, _, table, _ in reversed(described):  # the coder is a stack
-        if len(table) > 1:
-            coder.encode_reverse(symbols, _distribution(table))
-    _, lows, tables, remainders = zip(*described, strict=True)
+    axes = axes or {}
+    for of_tensor in codes.values():
+        if abs(of_tensor).max() > LARGEST_CODE:
+            raise ValueError(f"a code of {abs(of_tensor).max()} is larger than {LARGEST_CODE}")
+    columns = {n: columns_of(np.atleast_1d(c).astype(np.int32), axes.get(n) or 0) for n, c in codes.items()}
+    order = _order({name: of_tensor.shape for name, of_tensor in codes.items()})
+    data = coder.write([(columns[name], NO_TRELLIS if axes.get(name) is None else TRELLIS) for name in order])
     return {
         "entropy:steps": torch.tensor([steps[name] for name in codes], dtype=torch.float32),
-        "entropy:ranges": torch.from_numpy(
-            np.array([(low, len(table)) for low, table in zip(lows, tables, strict=True)], np.int16)
-        ),
-        "entropy:tables": torch.from_numpy(np.concatenate(tables)),
-        "entropy:symbols": torch.from_numpy(coder.get_compressed().astype("<u4").view(np.uint8)),
-        "entropy:remainders": torch.from_numpy(np.packbits(np.concatenate(remainders))),
+        "entropy:layout": torch.tensor([_LAYOUTS[axes.get(name)] for name in codes], dtype=torch.uint8),
+        "entropy:codes": torch.from_numpy(np.frombuffer(data, np.uint8).copy()),
     }
 
 
@@ -76,126 +47,51 @@ def decode(stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> di
     Raises ValueError where `stored` does not fit `shapes` or itself. Few bytes may stand for many weights: whoever
     takes `shapes` from a file bounds them first.
     """
-    import constriction
-
-    groups = groups_of(shapes)
-    _require_stored(stored, len(shapes), len(groups))
-    arrays = {name: tensor.cpu().numpy() for name, tensor in stored.items()}
-    coder = constriction.stream.stack.AnsCoder(arrays["entropy:symbols"].view("<u4").astype(np.uint32))
-    bits = np.unpackbits(arrays["entropy:remainders"])
-    steps = dict(zip(shapes, arrays["entropy:steps"], strict=True))
-    tables = arrays["entropy:tables"]
-    weights = {}
-    for group, (low, length) in zip(groups, arrays["entropy:ranges"].tolist(), strict=True):
-        table, tables = tables[:length], tables[length:]
-        count = sum(group.sizes)
-        places = coder.decode(_distribution(table), count) if length > 1 else np.zeros(count, np.int32)
-        codes, bits = _join(places.astype(np.int64) + low, bits)
-        for name, part in zip(group.names, np.split(codes, np.cumsum(group.sizes)[:-1]), strict=True):
-            with np.errstate(over="ignore"):  # infinity says so itself
-                values = part.astype(np.float32) * steps[name]
-            weights[name] = torch.from_numpy(values).reshape(shapes[name])
-    if not coder.is_empty() or len(bits) > 7:  # an empty coder gives symbols for ever: too few cannot be told here
-        raise ValueError("entropy:symbols or entropy:remainders hold more than the weights take")
+    if version_of(stored) == 1:
+        return entropy_tables.decode(stored, shapes)
+    _require_stored(stored, shapes)
+    steps = dict(zip(shapes, stored["entropy:steps"].cpu().numpy(), strict=True))
+    layouts = dict(zip(shapes, stored["entropy:layout"].tolist(), strict=True))
+    reader, weights = coder.Reader(stored["entropy:codes"].cpu().numpy()), {}
+    for name in _order(shapes):
+        shape, axis = tuple(shapes[name]) or (1,), max(0, layouts[name] - 1)
+        trellis = TRELLIS if layouts[name] else NO_TRELLIS
+        matrix = (math.prod(shape) // shape[axis], shape[axis])
+        with np.errstate(over="ignore"):  # infinity says so itself
+            values = multiples(reader.matrix(matrix, trellis), trellis).astype(np.float32) * steps[name]
+        weights[name] = torch.from_numpy(of_columns(values, shape, axis)).reshape(shapes[name])
+    reader.finish()
     return {name: weights[name] for name in shapes}
 
 
-def _require_stored(stored: dict[str, torch.Tensor], tensors: int, groups: int) -> None:
+def version_of(stored: dict[str, torch.Tensor]) -> int:
+    """Of the format: 1 has tables."""
+    return 1 if "entropy:tables" in stored else 2
+
+
+def _order(shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Of the tensors in the stream: first those of two dimensions or more, whose statistics are alike."""
+    return sorted(shapes, key=lambda name: len(shapes[name]) < 2)
+
+
+def _require_stored(stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> None:
     """Raises ValueError naming what is not as `encode` stores it."""
+    tensors = len(shapes)
     sealed.require_tensors(
         stored,
         {
             "entropy:steps": (torch.float32, (tensors,)),
-            "entropy:ranges": (torch.int16, (groups, 2)),
-            "entropy:tables": (torch.uint8, (None,)),
-            "entropy:symbols": (torch.uint8, (None,)),
-            "entropy:remainders": (torch.uint8, (None,)),
+            "entropy:layout": (torch.uint8, (tensors,)),
+            "entropy:codes": (torch.uint8, (None,)),
         },
     )
-    steps, ranges, tables = (stored[f"entropy:{part}"] for part in ("steps", "ranges", "tables"))
-    low, length = ranges.long().unbind(1)
+    steps, layouts, size = stored["entropy:steps"], stored["entropy:layout"].tolist(), len(stored["entropy:codes"])
     if not ((steps > 0) & steps.isfinite()).all():
         raise ValueError("entropy:steps are not all positive numbers")
-    if not ((low >= -LARGEST_SYMBOL) & (low <= 0) & (low + length > 0) & (low + length - 1 <= LARGEST_SYMBOL)).all():
-        raise ValueError(f"entropy:ranges are not all around 0 and within {LARGEST_SYMBOL}")
-    if length.sum() != len(tables):
-        raise ValueError(f"entropy:tables have {len(tables)} entries, and entropy:ranges {int(length.sum())}")
-    if not all(table.any() for table in tables.split(length.tolist())):
-        raise ValueError("entropy:tables hold one of zeros alone")
-    if len(stored["entropy:symbols"]) % 4:
-        raise ValueError("entropy:symbols are no whole number of words")
-
-
-def code_lengths(codes: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """A function: the bits that each of its codes would take beside `codes`; one that has no symbol there takes as
-    many as the rarest."""
-    symbols, _, _ = _split(codes)
-    low, table = _table(symbols)
-    frequencies = _frequencies(table)
-    lengths = -np.log2(frequencies.clip(0.5) / frequencies.sum())
-
-    def bits(candidates: np.ndarray) -> np.ndarray:
-        symbols, _, widths = _split(candidates)
-        known = (symbols >= low) & (symbols < low + len(table))
-        return np.where(known, lengths[(symbols - low).clip(0, len(table) - 1)], lengths.max()) + widths
-
-    reach = 2 * int(abs(codes).max()) + DIRECT  # feedback may carry codes beyond the largest
-    if reach > min(TABLED_REACH, codes.size):  # a table longer than the codes costs more than it saves
-        return bits
-    table_of_bits = bits(np.arange(-reach, reach + 1))
-    return lambda candidates: table_of_bits[(candidates + reach).clip(0, 2 * reach)]
-
-
-def _split(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Signed symbols, remainders, and the number of bits of each remainder."""
-    magnitude = abs(codes)
-    exponent = np.maximum(np.frexp(magnitude)[1] - 1, 3)  # floor(log2), and at least that of 8
-    width = np.where(magnitude < DIRECT, 0, exponent - 3)
-    leading = magnitude >> width  # 8..15 where there is a remainder
-    symbol = np.where(magnitude < DIRECT, magnitude, 8 * width + leading)
-    return np.sign(codes) * symbol, magnitude - (leading << width), width
-
-
-def _join(symbols: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The codes of `symbols` and of the remainders at the start of `bits`; and the bits that are left."""
-    magnitude = abs(symbols)
-    width = np.where(magnitude < DIRECT, 0, magnitude // 8 - 1)
-    codes = np.where(magnitude < DIRECT, magnitude, (magnitude - 8 * width) << width)
-    for w in _distinct(width):
-        places = np.flatnonzero(width == w)
-        if len(bits) < w * len(places):
-            raise ValueError("entropy:remainders end before the weights do")
-        field, bits = bits[: w * len(places)].reshape(-1, w), bits[w * len(places) :]
-        codes[places] += field @ (1 << np.arange(w - 1, -1, -1))
-    return np.sign(symbols) * codes, bits
-
-
-def _remainder_bits(remainders: np.ndarray, width: np.ndarray) -> np.ndarray:
-    fields = [
-        ((remainders[width == w][:, None] >> np.arange(w - 1, -1, -1)) & 1).astype(np.uint8).ravel()
-        for w in _distinct(width)
-    ]
-    return np.concatenate([np.zeros(0, np.uint8), *fields])
-
-
-def _distinct(width: np.ndarray) -> Iterable[int]:
-    return [int(w) for w in np.unique(width) if w > 0]
-
-
-def _table(symbols: np.ndarray) -> tuple[int, np.ndarray]:
-    """The lowest symbol, and for each from there the eighths of the binary logarithm of its count, plus 1; 0: none."""
-    low, high = min(int(symbols.min()), 0), max(int(symbols.max()), 0)
-    counts = np.bincount(symbols - low, minlength=high - low + 1)
-    return low, np.where(counts > 0, np.rint(8 * np.log2(counts.clip(1))) + 1, 0).astype(np.uint8)
-
-
-def _frequencies(table: np.ndarray) -> np.ndarray:
-    """Whole numbers, so that every machine has the same."""
-    return np.where(table > 0, np.rint(2.0 ** ((table.astype(np.float64) - 1) / 8)), 0)
-
-
-def _distribution(table: np.ndarray):
-    import constriction
-
-    frequencies = _frequencies(table)
-    return constriction.stream.model.Categorical(frequencies / frequencies.sum(), perfect=False)
+    for layout, (name, shape) in zip(layouts, shapes.items(), strict=True):
+        if layout not in _LAYOUTS.values() or (layout and len(shape) < 2):
+            raise ValueError(
+                f"entropy:layout of {name} is {layout}, which is none of a tensor of {len(shape)} dimensions"
+            )
+    if (weights := sum(math.prod(shape) for shape in shapes.values())) > MOST_CODES_PER_BYTE * (size + 8):
+        raise ValueError(f"{weights} weights, more than {size} bytes of codes can stand for")

@@ -36,6 +36,7 @@ MIB = 2**20
 MOST_CODED_WEIGHTS = 2**28  # 1 GiB as FP32: few bytes of entropy coding may stand for any number
 
 # What a file of a model holds, and of what types JSON has it.
+_CODED = {1: "entropy", 2: "entropy 2"}  # {version of `common.formats.entropy`: what stands for all formats}
 _HELD = {"architecture": dict, "data_range": list, "weights_sha256": str, "about": dict}
 _ARCHITECTURE = {
     "channels": list,
@@ -145,7 +146,7 @@ def file_bytes(model: Model) -> int:
 def _metadata(model: Model, sha256: str) -> dict:
     return {
         "architecture": _described(model.config),
-        "formats": "entropy" if model.is_entropy_coded else model.formats,  # names cost bytes
+        "formats": _CODED[entropy.version_of(model.stored)] if model.is_entropy_coded else model.formats,
         "data_range": DATA_RANGE,
         "weights_sha256": sha256,
         "about": model.metadata,
@@ -199,7 +200,8 @@ def load_plain(path: str | Path) -> nn.Module:
 def _model_of(stored: dict[str, torch.Tensor], metadata: dict) -> Model:
     """The model that a file's tensors and metadata describe, none of it unpacked. Raises ValueError."""
     formats = metadata.get("formats")
-    sealed.require_metadata(metadata, _HELD | {"formats": dict if formats != "entropy" else str})
+    coded = formats in _CODED.values()
+    sealed.require_metadata(metadata, _HELD | {"formats": str if coded else dict})
     about = metadata["about"]
     sealed.require_metadata(about, {"label": str} | {key: _ABOUT.get(key, type(about[key])) for key in about})
     if not about["label"].isprintable() or len(about["label"]) > 200:  # it stands in tables and names files
@@ -208,7 +210,9 @@ def _model_of(stored: dict[str, torch.Tensor], metadata: dict) -> Model:
         raise ValueError(f"its images are not of the range {DATA_RANGE}")
     config = _config_of(metadata["architecture"])
     shapes = tensor_shapes(config)
-    if formats == "entropy":
+    if coded:
+        if formats != _CODED[entropy.version_of(stored)]:
+            raise ValueError(f"its tensors are not of the format {formats}")
         if (weights := sum(shape.numel() for shape, _ in shapes.values())) > MOST_CODED_WEIGHTS:
             raise ValueError(f"{weights} weights, more than the {MOST_CODED_WEIGHTS} that are decoded")
         return Model(config, stored, dict.fromkeys(shapes, "entropy"), about)

@@ -29,11 +29,13 @@ class Allocator(Protocol):
 
 @dataclass(frozen=True)
 class EntropyCoding:
-    """Steps by Fisher values, rounded by `feedback` at a `price` of a bit (in squared steps), entropy-coded."""
+    """Steps by Fisher values, rounded by `feedback` at a `price` of a bit (in squared steps), entropy-coded; by a
+    trellis, or by multiples of the step alone, from which finetuning can start."""
 
     baseline: Model
     feedback: dict[str, Feedback]
     price: float = PRICE_OF_A_BIT
+    trellis: bool = True
 
     def smallest(self, metadata: dict) -> int:
         zeros = {name: np.zeros(tuple(weight.shape), np.int64) for name, weight in self.baseline.state.items()}
@@ -44,7 +46,9 @@ class EntropyCoding:
             return file_bytes(coded_model(self.baseline, stored, metadata))
 
         left = {name: value * self._gain(name) for name, value in values.items()}
-        stored = allocation.entropy_coded(self.baseline.state, left, size, limit, self.feedback, self.price)
+        stored = allocation.entropy_coded(
+            self.baseline.state, left, size, limit, self.feedback, self.price, self.trellis
+        )
         return coded_model(self.baseline, stored, metadata)
 
     def _gain(self, name: str) -> float:

@@ -54,14 +54,15 @@ def gauss_newton_table(run: Run, model: Model) -> information.FisherTable:
     `denoising_loss`, the mean squared error over the pixels, at that timestep. Raises UserError as `fisher_table` does.
     """
 
-    def loss(schedule: Schedule) -> SampleLoss:
-        return signed_sum(lambda call, x0, t, noise: call(schedule.add_noise(x0, t, noise), t))
-
     def with_signs(samples: tuple[torch.Tensor, ...], timestep: int) -> tuple[torch.Tensor, ...]:
         noise = samples[-1]
         return *samples, random_signs(noise.shape, derive_seed(FISHER_SEED, "signs", timestep)).to(noise.device)
 
-    return _table(run, model, "gauss-newton", loss, with_signs)
+    return _table(run, model, "gauss-newton", _signed_noise, with_signs)
+
+
+def _signed_noise(schedule: Schedule) -> SampleLoss:
+    return signed_sum(lambda call, x0, t, noise: call(schedule.add_noise(x0, t, noise), t))
 
 
 def _table(
@@ -112,15 +113,15 @@ def _kept_table(path: Path, model: Model, settings: dict, kind: str) -> informat
 
 
 def rounding_feedback(run: Run, model: Model) -> dict[str, Feedback]:
-    """What rounding by feedback needs to know of the baseline's weights, from real digits.
-
-    Timesteps lie as densely as they weigh in the finished image.
+    """What rounding by feedback needs to know of the baseline's weights, from real digits: blocks of the Gauss-Newton
+    matrix of the predicted noise. Timesteps lie as densely as they weigh in the finished image.
     """
     schedule, n = schedule_of(model.config, run.device), run.preset.fisher_digits
     timesteps = schedule.timesteps_at((torch.arange(n) + 0.5) / n)
     network = model.network().to(run.device)
     samples = noised(run, run.load_images("train"), timesteps.tolist())
-    return measure_feedback(network, diffusion_loss(schedule), samples)
+    signs = random_signs(samples[-1].shape, derive_seed(FISHER_SEED, "signs of feedback")).to(run.device)
+    return measure_feedback(network, _signed_noise(schedule), (*samples, signs))
 
 
 def training_digits(run: Run) -> torch.Tensor:

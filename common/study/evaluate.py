@@ -15,7 +15,7 @@ from common.engines.engine import OpenVINO, engine_name
 from common.engines.integers import decoding_note, stored_integers
 from common.errors import UserError
 from common.formats.numbers import IntegerTensor
-from common.formats.packed import MIB, Model
+from common.formats.packed import MIB, Model, tensor_shapes
 from common.metrics.features import load_features
 from common.metrics.frechet import Reference
 from common.metrics.scores import (
@@ -216,7 +216,7 @@ def differences(measured: Measured, baseline: Measured) -> dict[str, Figure]:
 
 def kept_by_layer(model: Model) -> dict[str, list[str]]:
     """The weights of the layers that stay FP32, by layer, in the order of the forward pass."""
-    names = layer_weights(model.state)
+    names = layer_weights(tensor_shapes(model.config))  # a file has its formats in another order
     kept: dict[str, list[str]] = {layer: [] for layer in layers_in_order(names)}
     for name in names:
         if model.formats[name] == "fp32":

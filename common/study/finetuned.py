@@ -21,7 +21,7 @@ from common.training.finetune import finetune, sampler_of_digits, state_key
 
 def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: int, updates: int) -> Model:
     """A model of at most `limit` bytes whose codes and steps were trained to predict what the baseline does. They begin
-    as those of `model`, which may be larger. Raises BudgetError.
+    as those of `model`. Raises BudgetError.
 
     The result is kept, and found by the same command again; the state of the training, ten times as large, goes.
     """

@@ -69,6 +69,7 @@ def write_page(folder: Path, groups: list[list[Row]], pictures: list[Path]) -> P
         "two of its errors is no evidence of a difference.",
         groups=shown,
         pictures=[_picture(path) for path in pictures if _group_of(path, several) is None],
+        tensors=[path.read_text() for path in sorted(folder.glob("tensors-*.txt"))],
         formats=[*FORMATS, "entropy"],
         foot=". ".join([FOOT, MORE_FOOT, *feet_of_features(groups[0][0])]),
     )

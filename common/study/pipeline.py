@@ -22,6 +22,7 @@ from common.formats.numbers import stored_bytes, stored_format
 from common.formats.packed import MIB, Model, save_model, size_mib, tensor_shapes
 from common.presets import FORMATS
 from common.runtime import distributed
+from common.runtime.files import write_atomically
 from common.study import baselines
 from common.study.diffusion_fisher import (
     curvature_metadata,
@@ -33,9 +34,10 @@ from common.study.diffusion_fisher import (
 from common.study.evaluate import Evaluator, baseline_row, make_evaluator, model_row, real_rows, said_of, settings_of
 from common.study.held_out import HeldOut, Judged, format_losses, held_out, judge
 from common.study.memorised import compared_with_training, format_nearest
-from common.study.report import format_kept, format_table, format_tensors
+from common.study.report import format_kept, format_table
 from common.study.rows import Row
 from common.study.run import Run, start
+from common.study.tensors import format_layers, format_tensors, tensors_file
 
 PUBLISHED_UNIFORM = (24.1324, 67.7)
 WEIGHTING_NOTES = {"uniform": "Fisher over all timesteps", "image": "Fisher by weight in the image"}
@@ -281,7 +283,10 @@ def run_baseline(
             seen = f"{model.metadata['digits_seen']:,} digits seen"
             print(f"found trained: {run.checkpoint} ({seen}); --retrain trains anew")
         evaluator = make_evaluator(run)
-    print(format_tensors(model, fisher_table(run, model)))
+    table, path = fisher_table(run, model), tensors_file(run.out, model.sha256)
+    print(format_layers(model, table))
+    print(f"each tensor: {path}")
+    distributed.on_first(lambda: write_atomically(path, f"{format_tensors(model, table)}\n".encode()))
     models = [uniform(run, model, options.rounding)]
     if not run.is_own:
         models = judged(held_out(run, model), models)

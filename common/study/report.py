@@ -110,23 +110,6 @@ def format_times(rows: list[Row]) -> str:
     return f"ms an image and step, whatever else the machine did: {'; '.join(timed)}" if timed else ""
 
 
-def format_tensors(model, table) -> str:
-    """Every tensor: shape, Fisher value at timestep 1 with its error, over the grid, format and KiB; then the total."""
-    import torch
-
-    grid = table.estimates("uniform")[0]
-    lines = [f"{'tensor':34}{'shape':>18}{'Fisher t=1':>24}{'mean over t':>13}{'format':>8}{'KiB':>10}"]
-    for name, tensor in model.state.items():
-        i = table.names.index(name)
-        value = f"{table.values[0, i]:.3e} ± {table.errors[0, i]:.1e}"
-        shape = "x".join(map(str, tensor.shape))
-        size = sum(t.nbytes for key, t in model.stored.items() if key.partition(":")[0] == name) / 1024
-        lines.append(f"{name:34}{shape:>18}{value:>24}{grid[i]:>13.3e}{model.formats[name]:>8}{size:>10.1f}")
-    parameters = sum(torch.numel(t) for t in model.state.values())
-    lines.append(f"{'total':34}{f'{parameters:,}':>18}{'':24}{'':13}{'':8}{model.size_mib() * 1024:>10.1f}")
-    return "\n".join(lines)
-
-
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument(

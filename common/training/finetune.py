@@ -30,8 +30,9 @@ from common.training.quantized import Quantized, start_from
 METHOD_VERSION = 2  # grows whenever `finetune` or `sampler_of_digits` comes to give other weights
 BATCH = 64
 CYCLE = 256  # updates after which the same inputs come again, so that the network's own outputs are known
+KEPT_BYTES = 2**28  # of these outputs, at most
 CPU = torch.device("cpu")
-RATE, STEP_RATE = 0.004, 0.002  # of Adam: of latent weights, in steps; of the logarithms of steps
+RATE, STEP_RATE = 0.004, 0.0005  # of Adam: of latent weights, in steps; of the logarithms of steps
 WARMUP = 0.05  # of the updates: Adam's first ones are all of full length
 RECOUNT = 10  # of these, from one file that is made to the next
 SPARE = 0.003  # of the bytes: what the last codes may differ from the ramp
@@ -96,10 +97,12 @@ def finetune(
         x, t = (distributed.part(of_all) for of_all in batch)
         x = x.contiguous(memory_format=torch.channels_last)
         with autocast(x.device, precision):
-            if turn not in targets:
+            if (target := targets.get(turn)) is None:
                 with torch.no_grad():
-                    targets[turn] = network(x, t).float()
-            difference = functional_call(network, trained.rounded(), (x, t)).float() - targets[turn]
+                    target = network(x, t).float()
+                if len(targets) < KEPT_BYTES // max(1, target.nbytes):
+                    targets[turn] = target
+            difference = functional_call(network, trained.rounded(), (x, t)).float() - target
         numbers = len(batch[0]) * math.prod(difference.shape[1:])  # of all processes
         loss = difference.square().sum() * (distributed.processes() / numbers)
         optimizer.zero_grad(set_to_none=False)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.formats.entropy import DIRECT, TABLED_REACH, groups_of
+from common.formats.entropy_tables import DIRECT, groups_of
 
+TABLED_REACH = 2**16  # codes beyond it count as it
 ABSENT = 0.5  # occurrences that a code which does not occur counts as: it costs one bit more than the rarest
 PROPORTIONAL, INTEGRAL = 60.0, 4.0  # of `SizeControl`
 MEMORY = 0.98  # of the running mean of the loss, from one update to the next
@@ -64,7 +65,7 @@ def lengths_of(counts: np.ndarray) -> np.ndarray:
 
 @dataclass
 class SizeControl:
-    """Moves the price of a bit so that the file follows a ramp down to `end` bytes over the first half of `updates`.
+    """Moves the price of a bit so that the file follows a ramp to `end` bytes over the first half of `updates`.
 
     The ramp is geometric, without slope at both ends. At the best there is the squared error falls as 2^(-2 bits per
     weight), so that a bit more is worth 2 ln(2) / weights of the error; the price is a multiple of that, and the
