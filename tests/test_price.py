@@ -55,9 +55,8 @@ def test_bits_are_those_of_the_entropy_coder(scale):
     latents = {name: random_codes(scale, (200, 300), seed) for seed, name in enumerate("ab")}
     latents |= {name: random_codes(scale, (9000,), 7) for name in "cd"}  # which share a table
     stored = entropy.encode({n: u.numpy().astype(np.int64) for n, u in latents.items()}, dict.fromkeys(latents, 1.0))
-    coded = 8 * (stored["entropy:symbols"].nbytes + stored["entropy:remainders"].nbytes)
     lengths, bits = measure(latents)
-    assert bits == pytest.approx(coded, rel=0.002)
+    assert bits < 8 * len(stored["entropy:codes"]) < 1.015 * bits  # which learns the statistics as it goes
     assert lengths["c"] is lengths["d"] and lengths["a"] is not lengths["b"]
     assert measure({n: u + 0.4 for n, u in latents.items()})[1] == bits  # of the nearest codes
 
