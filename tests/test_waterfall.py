@@ -11,7 +11,7 @@ from common.study import report
 from common.study.rows import ResultStore
 from common.study.run import preset_checkpoint
 
-PARTS = (", nearest", ", no feedback", ", by columns", ", by rows", "", ", Gauss-Newton", ", unweighted", ", magnitude")
+PARTS = (", nearest", ", no feedback", ", by columns", "", ", trellis", ", Gauss-Newton", ", unweighted", ", magnitude")
 
 
 @pytest.fixture

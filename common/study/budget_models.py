@@ -23,7 +23,7 @@ from common.study.budget_search import (
     margin_of,
     search,
 )
-from common.study.codings import Allocator, EntropyCoding, make_allocator
+from common.study.codings import Allocator, make_allocator
 from common.study.diffusion_fisher import (
     curvature_metadata,
     curvature_table,
@@ -194,8 +194,7 @@ class Maker:
 
     def finetuned(self, asked: str, limit: int, updates: int) -> Model:
         """The model of at most `limit` bytes after so many updates. Raises BudgetError."""
-        plain = EntropyCoding(self.baseline, self.feedback, trellis=False)  # multiples of steps, as they are trained
-        smaller = self.fit(int(START_SHARE * limit), self.values, self.metadata(asked), plain)
+        smaller = self.untrained(asked, int(START_SHARE * limit))
         metadata = self.metadata(asked, "finetuned", updates=updates)
         return finetuned(self.run, self.baseline, smaller, metadata, limit, updates)
 

@@ -29,13 +29,13 @@ class Allocator(Protocol):
 
 @dataclass(frozen=True)
 class EntropyCoding:
-    """Steps by Fisher values, rounded by `feedback` at a `price` of a bit (in squared steps), entropy-coded; by a
-    trellis, or by multiples of the step alone, from which finetuning can start."""
+    """Steps by Fisher values, rounded by `feedback` at a `price` of a bit (in squared steps), entropy-coded; multiples
+    of the step, from which finetuning can start, or the integers of a trellis."""
 
     baseline: Model
     feedback: dict[str, Feedback]
     price: float = PRICE_OF_A_BIT
-    trellis: bool = True
+    trellis: bool = False
 
     def smallest(self, metadata: dict) -> int:
         zeros = {name: np.zeros(tuple(weight.shape), np.int64) for name, weight in self.baseline.state.items()}

@@ -3,9 +3,9 @@
     python -m common waterfall --preset quick --times 10 13 16
 
 At each size, with steps by Fisher information: codes to the nearest ("nearest"); those whose fewer bits pay for their
-error ("no feedback"); with feedback from column to column ("by columns"), and from row to row too ("by rows"); and with
-a trellis, which is all of layer_budget.py. Then all parts with steps by something else:
-Gauss-Newton values, mean squared weights ("magnitude"), or the same for all ("unweighted").
+error ("no feedback"); with feedback from column to column ("by columns"); and from row to row too, which is all of
+layer_budget.py. Then with a trellis in addition ("trellis"), and all parts with steps by something else: Gauss-Newton
+values, mean squared weights ("magnitude"), or the same for all ("unweighted").
 --finetune N adds the whole with codes and steps that were trained for N updates.
 Each is a row, and its increase of the loss on held-out digits stands below the table.
 """
@@ -40,11 +40,11 @@ def models(
     whole = EntropyCoding(baseline, maker.feedback)
     columns_alone = {name: replace(feedback, by_rows=None) for name, feedback in maker.feedback.items()}
     parts = {
-        "nearest": (EntropyCoding(baseline, {}, price=0.0, trellis=False), maker.values),
-        "no feedback": (EntropyCoding(baseline, {}, trellis=False), maker.values),
-        "by columns": (EntropyCoding(baseline, columns_alone, trellis=False), maker.values),
-        "by rows": (EntropyCoding(baseline, maker.feedback, trellis=False), maker.values),
+        "nearest": (EntropyCoding(baseline, {}, price=0.0), maker.values),
+        "no feedback": (EntropyCoding(baseline, {}), maker.values),
+        "by columns": (EntropyCoding(baseline, columns_alone), maker.values),
         None: (whole, maker.values),
+        "trellis": (replace(whole, trellis=True), maker.values),
     }
     parts |= {variant: (whole, v) for variant, v in (others | other_values(baseline.state, maker.values)).items()}
 
