@@ -215,7 +215,7 @@ def test_a_missing_or_damaged_file_is_one_line(tmp_path, content):
 def test_more_digits_than_there_are_are_refused_before_any_work(tiny_preset, monkeypatch):
     arguments = ["sensitivity", "--preset", "quick", "--device", "cpu", "--digits", "1001"]
     monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(UserError, match=r"--digits 1001: there are 1000 test digits in mnist5k"):
+    with pytest.raises(UserError, match=r"--digits 1001: there are 1000 held out in mnist5k"):
         sensitivity.main()
 
 

@@ -22,6 +22,7 @@ FOOT = (
     "unbiased FID: as of infinitely many images, below 0 by chance alone; - FP32: what quantization adds, on the same "
     "noise (KID x1000)"
 )
+WIDTH = 120  # of a terminal
 MORE_FOOT = "FID at N: of these images, mostly bias, compares only with as many"
 
 FOOT_OF_RANDOM = (
@@ -31,8 +32,15 @@ FOOT_OF_RANDOM = (
 
 
 def format_table(rows: list[Row]) -> str:
-    """Rows of the same settings as text, under a header that names the features, the data and the sampling."""
-    return "\n".join([f"\n{describe(rows[0])}", *_lines(rows, MAIN), FOOT, *feet_of_features(rows[0])])
+    """Rows of the same settings as text, under a header that names the features, the data and the sampling.
+
+    Where labels are long, the columns that are missed least make room, so that a line fits the terminal.
+    """
+    columns = list(MAIN)
+    for least in ("KID - FP32", "smaller", "PSNR dB"):
+        if len(_lines(rows, columns)[0]) > WIDTH:
+            columns.remove(least)
+    return "\n".join([f"\n{describe(rows[0])}", *_lines(rows, columns), FOOT, *feet_of_features(rows[0])])
 
 
 def format_more(rows: list[Row]) -> str:
