@@ -9,6 +9,7 @@ where the processor has it, continues where it was stopped when the same command
 
 import io
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from common.ddpm.folder import load_folder
 from common.ddpm.pipelines import DiffusersConfig
 from common.errors import run_main
 from common.options import Parser, file_name, positive_int
-from common.presets import TrainingConfig
+from common.presets import PRESETS
 from common.runtime.device import choose_device, set_up_torch
 from common.runtime.files import remove, write_atomically
 from common.study.run import training_precision
@@ -37,16 +38,7 @@ UNET = {
     "norm_num_groups": 16,
     "attention_head_dim": 16,
 }
-TRAINING = TrainingConfig(
-    data="coloured digits",
-    batch_size=64,
-    steps=1_300,
-    lr=2e-3,
-    muon_lr=5e-3,
-    warmup_steps=100,
-    ema=0.998,
-    image_share=0.75,
-)
+TRAINING = replace(PRESETS["quick"].training, data="coloured digits", steps=1_300, ema=0.998)
 # Of predicted noise, the share of the flat grounds is too small to be learned where there is much noise, and colours
 # come out too bright.
 SCHEDULER = {"_class_name": "DDPMScheduler", "prediction_type": "v_prediction"}
@@ -96,7 +88,7 @@ def main():
     digits = load_folder(options.out / "digits", "train", config.image_shape)
     network = build(config)
     print(f"{sum(p.numel() for p in network.parameters()):,} parameters, {len(digits)} digits")
-    training = TrainingConfig(**vars(TRAINING) | {"steps": options.steps})
+    training = replace(TRAINING, steps=options.steps)
     state_path, start = options.out / "training.safetensors", time.monotonic()
     state, losses = train(
         network, training, digits, state_path, device, training_precision(device), architecture=config
