@@ -263,14 +263,12 @@ def requantize_to_size(
     highest = 1e3
     best = priced(highest)
     if size(best) <= budget:
-        _, found = _finest(priced, size, budget, 1e-3, highest, 0.01)
-        return found or best
+        return _finest(priced, size, budget, 1e-3, highest, 0.01) or best
     coarsest = 3 * max(1.0, *(float(w.abs().max()) / steps[name] for name, w in weights.items()))
     best = coarser(coarsest)  # all zero
     if (smallest := size(best)) > budget:
         raise BudgetError(smallest)
-    _, found = _finest(coarser, size, budget, 1.0, coarsest, 1e-4)
-    return found or best
+    return _finest(coarser, size, budget, 1.0, coarsest, 1e-4) or best
 
 
 def _finest(
@@ -280,9 +278,9 @@ def _finest(
     low: float,
     high: float,
     tolerance: float,
-) -> tuple[float, dict[str, torch.Tensor] | None]:
-    """The smallest argument of `encode` in low..high, to within a factor of 1 + `tolerance`, whose size fits, and what
-    it gave; None where nothing below `high` fits."""
+) -> dict[str, torch.Tensor] | None:
+    """What the smallest argument of `encode` in low..high, to within a factor of 1 + `tolerance`, gives whose size
+    fits; None where nothing below `high` fits."""
     best = None
     while high / low > 1 + tolerance:
         middle = (low * high) ** 0.5
@@ -291,7 +289,7 @@ def _finest(
             high, best = middle, stored
         else:
             low = middle
-    return high, best
+    return best
 
 
 def shrink(values: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
