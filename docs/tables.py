@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.study.columns import COLUMNS, cells
+from common.study.columns import COLUMNS, cells, markdown_table
 from common.study.increases import FILE, Increases, rank_correlation, read_increases
 from common.study.rows import ResultStore, Row
 
@@ -24,14 +24,14 @@ def table(folder: str, columns: str, labels: list[str] | None = None, **settings
     rows = read_rows(folder, **settings)
     chosen = [rows[label] for label in labels] if labels else list(rows.values())
     wanted = [name.strip() for name in columns.split(",")]
-    print_table(["", *wanted], [[row.label, *cells(row, wanted, list(rows.values()))] for row in chosen])
+    print(markdown_table([["", *wanted], *([row.label, *cells(row, wanted, list(rows.values()))] for row in chosen)]))
 
 
 def matrix(folder: str, column: str, lines: dict[str, str], heads: list[str], **settings) -> None:
     """Prints one cell for each line, {what it says: label with {} for the head}, and head."""
     rows = read_rows(folder, **settings)
     cells = [[said, *(COLUMNS[column](rows[label.format(head)]) for head in heads)] for said, label in lines.items()]
-    print_table([column, *heads], cells)
+    print(markdown_table([[column, *heads], *cells]))
 
 
 def read_rows(folder: str, **settings) -> dict[str, Row]:
@@ -60,7 +60,7 @@ def correlations(folders: list[str], formats: list[str]) -> None:
     for said, values in predictors.items():
         pairs = (rank_correlation(np.array(values(m)), np.array(m.mean)) for _, m in measured)
         lines.append([said, *(_pair(*pair, 2) for pair in pairs)])
-    print_table(["", *(head for head, _ in measured)], lines)
+    print(markdown_table([["", *(head for head, _ in measured)], *lines]))
 
 
 def predictions(folder: str, formats: list[str]) -> None:
@@ -69,7 +69,7 @@ def predictions(folder: str, formats: list[str]) -> None:
     lines = [["measured", *(_millionths(*m.together) for m in measured)]]
     for how, said in (("Gauss-Newton", "predicted by Gauss-Newton values"), ("Fisher / 2", "half of F dw²")):
         lines.append([said, *(_millionths(m.predicted()[how].sum()) for m in measured)])
-    print_table(["", *(m.format.upper() for m in measured)], lines)
+    print(markdown_table([["", *(m.format.upper() for m in measured)], *lines]))
 
 
 def layers(folders: list[str], formats: list[str]) -> None:
@@ -77,20 +77,13 @@ def layers(folders: list[str], formats: list[str]) -> None:
     measured = [(f"{folder}, {m.format.upper()}", m) for folder in folders for m in increases(folder, formats)]
     heads = list(measured[0][1].layers)
     lines = [[said, *(_millionths(*pair) for pair in m.layers.values())] for said, m in measured]
-    print_table(["", *(f"layer {head.removeprefix('layer')}" for head in heads)], lines)
+    print(markdown_table([["", *(f"layer {head.removeprefix('layer')}" for head in heads)], *lines]))
 
 
 def increases(folder: str, formats: list[str]) -> list[Increases]:
     """What `python -m common sensitivity` kept in reference/`folder`, in the order of `formats`."""
     by_format = {m.format: m for m in read_increases(REFERENCE / folder / FILE)[1]}
     return [by_format[name] for name in formats]
-
-
-def print_table(heads: list[str], lines: list[list[str]]) -> None:
-    print("| " + " | ".join(heads) + " |")
-    print("|" + "---|" * len(heads))
-    for line in lines:
-        print("| " + " | ".join(line) + " |")
 
 
 def _pair(value: float, error: float, digits: int) -> str:

@@ -68,3 +68,9 @@ MORE = ("Score", "KID x1000", "FID at N", "FID at N - FP32", "tensors MiB", "los
 def filled(columns: tuple[str, ...], rows: list[Row]) -> list[str]:
     """Those of `columns` that say something of one of the rows."""
     return [name for name in columns if any(cells(row, [name], rows) != [NOTHING] for row in rows)]
+
+
+def markdown_table(lines: list[list[str]]) -> str:
+    """Lines of cells, the first of them the heads, as Markdown."""
+    head, *rest = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([head, "|" + "---|" * len(lines[0]), *rest])

@@ -14,7 +14,7 @@ from common.choose.layers import layer_weights
 from common.errors import UserError
 from common.options import DIGITS, Parser, file_name
 from common.presets import PRESETS
-from common.study.columns import MAIN, MORE, cells, filled
+from common.study.columns import MAIN, MORE, cells, filled, markdown_table
 from common.study.memorised import format_nearest
 from common.study.rows import BASELINE, ResultStore, Row, group_rows, kind_of
 
@@ -69,9 +69,8 @@ def format_markdown(rows: list[Row]) -> str:
     """All columns that say something, as Markdown."""
     columns = filled((*MAIN, *MORE), rows)
     table = [["Model", *columns]] + [[row.label, *cells(row, columns, rows)] for row in rows]
-    lines = ["| " + " | ".join(line) + " |" for line in table]
     feet = [FOOT, MORE_FOOT, *feet_of_features(rows[0])]
-    return "\n".join([f"\n{describe(rows[0])}", "", lines[0], "|" + "---|" * len(table[0]), *lines[1:], "", *feet])
+    return "\n".join([f"\n{describe(rows[0])}", "", markdown_table(table), "", *feet])
 
 
 def feet_of_features(row: Row) -> list[str]:
