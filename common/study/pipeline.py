@@ -229,11 +229,8 @@ def packed_file(out: Path, model: Model) -> Path:
     return out / "models" / f"{slug}-{model.sha256[:8]}.safetensors"
 
 
-def _refuse_training(retrain: bool, changed: dict[str, int], keep_every: int | None) -> None:
-    """Raises UserError where an option of training was given with a model of diffusers."""
-    given = {"--retrain": retrain, "--keep-every": keep_every} | {
-        f"--training-{name}": v for name, v in changed.items()
-    }
+def _refuse_training(given: dict[str, int | bool | None]) -> None:
+    """Raises UserError where an option of training, {option: value}, was given with a model of diffusers."""
     for option, value in given.items():
         if value:
             raise UserError(f"{option}: is not needed with --model, which is trained already; leave it out")
@@ -252,13 +249,13 @@ def run_baseline(
     run = start(options)
     run = replace(run, training=replace(run.training, **changed))
     named = options.checkpoint is not None
+    given = {f"--training-{name}": value for name, value in changed.items()} | {"--keep-every": keep_every}
     if not run.is_own:
-        _refuse_training(retrain, changed, keep_every)
+        _refuse_training({"--retrain": retrain} | given)
     there = distributed.on_first(lambda: baselines.is_there(run.checkpoint))
     if not there and named and not retrain:
         baselines.load_checkpoint(run)  # raises: a file that was named is not made by guessing
     trains = retrain or not there
-    given = {f"--training-{name}": value for name, value in changed.items()} | {"--keep-every": keep_every}
     for option, value in given.items():
         if value is not None and not trains:
             raise UserError(f"{option} {value}: {run.checkpoint} is trained; give --retrain as well")
