@@ -21,7 +21,6 @@ from common.presets import PRESETS
 
 WORKS = ("sampling", "Fisher", "metrics")
 BATCH = 50
-BY_OPENVINO = ("fp32", "bf16", "int8", "mixed")
 
 
 def peak(work: str, preset_name: str, images: int) -> float:
@@ -88,20 +87,14 @@ def resident() -> float:
 
 
 def write_graphs(preset_name: str, folder: Path) -> None:
-    """Files of the network with random weights for each of `BY_OPENVINO`."""
-    import torch
-
-    from common.ddpm.sampling import Sampling
+    """Files of the network with random weights for each precision."""
+    from benchmarks.graphs import graphs_of
     from common.ddpm.unet import UNet
-    from common.engines.calibration import BATCH as CALIBRATION_BATCH
-    from common.engines.engine import OpenVINO
     from common.engines.export import save_openvino
 
-    network, images = UNet(PRESETS[preset_name].network).eval(), torch.rand(2 * CALIBRATION_BATCH, 1, 32, 32) * 2 - 1
-    for precision in BY_OPENVINO:
-        sampling = Sampling(BATCH, "ddim", 2, 1.0, BATCH, 0, "cpu", precision)
+    for precision, graph in graphs_of(UNet(PRESETS[preset_name].network).eval(), BATCH).items():
         (folder / precision).mkdir()
-        save_openvino(folder / precision, OpenVINO(images, "noise", folder).graph(network, "", {}, sampling))
+        save_openvino(folder / precision, graph)
 
 
 def apart(work, *arguments):
@@ -127,6 +120,7 @@ def main():
 
 
 def print_held(preset_name: str) -> None:
+    from benchmarks.graphs import PRECISIONS
     from common.engines.openvino import installed_version
 
     for precision in ("fp32", "bf16"):
@@ -136,7 +130,7 @@ def print_held(preset_name: str) -> None:
         return
     with TemporaryDirectory() as folder:
         apart(write_graphs, preset_name, Path(folder))
-        for precision in BY_OPENVINO:
+        for precision in PRECISIONS:
             mib = apart(held, "openvino", precision, preset_name, Path(folder) / precision / "model.xml")
             print(f"{f'openvino {precision}':34}{mib:>8.0f}", flush=True)
 

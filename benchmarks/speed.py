@@ -32,15 +32,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks import published
+from benchmarks.graphs import graphs_of
 from benchmarks.peak import higher, peaks
 from benchmarks.published import fisher_samples, now, timed
 from common.ddpm.noise import NoiseStreams
 from common.ddpm.samplers import sample
-from common.ddpm.sampling import Sampling
 from common.ddpm.schedule import Schedule, denoising_loss
 from common.ddpm.unet import UNet
-from common.engines.calibration import BATCH as CALIBRATION_BATCH
-from common.engines.engine import OpenVINO, is_integer
+from common.engines.engine import is_integer
 from common.engines.openvino import denoiser, installed_version
 from common.errors import run_main
 from common.fisher.information import fisher_information
@@ -54,7 +53,6 @@ from common.training.loop import train
 FID_IMAGES = 100  # in each folder
 FID_WORK = f"FID of {FID_IMAGES} images"
 SAMPLING_STEPS = 2
-BY_OPENVINO = ("fp32", "bf16", "int8", "mixed")
 SAMPLING = "sampling, image and step"
 
 
@@ -75,7 +73,7 @@ def speed(preset: Preset, device: torch.device, rounds: int) -> list[Timing]:
     flops = forward_flops(ours, device)
     batch = 250 if device.type == "cuda" else 50
     digits = 16 if device.type == "cpu" else 256
-    apart = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    apart = spawned_process()
 
     def as_published(work: Callable[[UNetConfig, torch.device], float]) -> Callable[[], float]:
         return lambda: apart.submit(work, preset.network, device).result()
@@ -110,7 +108,13 @@ def speed(preset: Preset, device: torch.device, rounds: int) -> list[Timing]:
     for (work, way), (_, operations, used) in ways.items():
         seconds = statistics.median(times[work, way])
         result.append(Timing(work, way, seconds, operations / seconds / fastest[used].rate))
-    return result + fid_timings(device)
+    # pytorch-fid's command forks, and a fork of a process that has run OpenVINO dies.
+    with spawned_process() as fresh:
+        return result + fresh.submit(fid_timings, device).result()
+
+
+def spawned_process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
 
 def forward_flops(network: UNet, device: torch.device) -> float:
@@ -123,12 +127,7 @@ def forward_flops(network: UNet, device: torch.device) -> float:
 
 def openvino_ways(network: UNet, batch: int) -> dict[str, Callable[[], float]]:
     """{precision: seconds for an image and step} of sampling by OpenVINO."""
-    images = torch.rand(4 * CALIBRATION_BATCH, 1, 32, 32) * 2 - 1
-    with TemporaryDirectory() as folder:
-        engine = OpenVINO(images, "noise", Path(folder))
-        settings = Sampling(batch, "ddim", SAMPLING_STEPS, 1.0, batch, 0, "cpu", "fp32")
-        graphs = {p: engine.graph(deepcopy(network), "", {}, replace(settings, precision=p)) for p in BY_OPENVINO}
-    denoisers = {precision: denoiser(graph, precision) for precision, graph in graphs.items()}
+    denoisers = {precision: denoiser(graph, precision) for precision, graph in graphs_of(network, batch).items()}
 
     def seconds(denoise) -> float:
         noise, schedule = NoiseStreams(0, range(batch)), Schedule(network.config.timesteps)
@@ -176,6 +175,7 @@ def fid_timings(device: torch.device) -> list[Timing]:
     from common.metrics.features import Inception, load_features
     from common.metrics.scores import extract, fid, make_reference
 
+    set_up_torch()
     images = torch.randint(0, 256, (2 * FID_IMAGES, 32, 32), dtype=torch.uint8)
     with (
         TemporaryDirectory() as folder,

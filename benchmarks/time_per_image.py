@@ -10,9 +10,7 @@ turn, as benchmarks.speed does: what a step takes, times the steps. The publishe
 time, in FP32; its images are those of DDPM. The rows join results.jsonl.
 """
 
-import multiprocessing
 import statistics
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
 from common.errors import run_main
@@ -87,7 +85,7 @@ def step_times(run, network, names: list[str]) -> dict[str, float]:
     from tqdm import tqdm
 
     from benchmarks import published
-    from benchmarks.speed import openvino_ways, sampling
+    from benchmarks.speed import openvino_ways, sampling, spawned_process
 
     network = network.to(run.device, memory_format=torch.channels_last).eval()
     batch = run.sampling.batch_size
@@ -98,7 +96,7 @@ def step_times(run, network, names: list[str]) -> dict[str, float]:
     }
     if any(name.startswith("openvino") for name in names):
         works |= {f"openvino {precision}": work for precision, work in openvino_ways(network, batch).items()}
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+    with spawned_process() as apart:
         works["published"] = lambda: apart.submit(published.sampling, run.preset.network, run.device).result()
         times = {name: [] for name in works}
         for _ in tqdm(range(ROUNDS + 1), desc="time", unit="round"):

@@ -1,0 +1,25 @@
+"""OpenVINO's graphs of a network for each precision, with activations calibrated on random images."""
+
+from copy import deepcopy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from common.ddpm.sampling import Sampling
+from common.ddpm.unet import UNet
+from common.engines.calibration import BATCH as CALIBRATION_BATCH
+from common.engines.engine import OpenVINO
+
+PRECISIONS = ("fp32", "bf16", "int8", "mixed")
+
+
+def graphs_of(network: UNet, batch: int) -> dict:
+    """{precision: openvino.Model}; timesteps and batches as when `batch` images are sampled."""
+    images = torch.rand(4 * CALIBRATION_BATCH, 1, 32, 32) * 2 - 1
+    graphs = {}
+    for precision in PRECISIONS:
+        sampling = Sampling(batch, "ddim", 2, 1.0, batch, 0, "cpu", precision)
+        with TemporaryDirectory() as folder:
+            graphs[precision] = OpenVINO(images, "noise", Path(folder)).graph(deepcopy(network), "", {}, sampling)
+    return graphs
