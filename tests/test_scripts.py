@@ -237,7 +237,7 @@ def test_sensitivity_tables_are_rebuilt_by_the_report(call, trained, monkeypatch
     report.main()
     tables, figure = capsys.readouterr().out.rstrip().rsplit("\n", 1)
     assert Path(figure) == Path("results/quick/figures/sensitivity.png") and Path(figure).is_file()
-    assert "4 held-out digits of mnist5k" in tables and tables in printed
+    assert "4 held-out images of mnist5k" in tables and tables in printed
     assert all(f"\nlayer{i} " in tables for i in range(1, 7)) and "squared error alone" in tables
 
 

@@ -169,7 +169,7 @@ def predicted(**changes):
 def test_a_whole_file_is_read(tmp_path):
     path = tmp_path / increases.FILE
     path.write_text(lines())
-    assert "Preset quick, baseline aaaaaaaa; 4 held-out digits" in increases.format_sensitivity(path)
+    assert "Preset quick, baseline aaaaaaaa; 4 held-out images" in increases.format_sensitivity(path)
 
 
 @pytest.mark.parametrize(

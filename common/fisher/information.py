@@ -111,7 +111,7 @@ def measure(
     names = [name for name, _ in network.named_parameters()]
     values, errors, of_grid = [], [], []
     everyone = distributed.processes()
-    with tqdm(total=sum(len(b[0]) for b in batches.values()), desc=WORDS[kind], unit="digit") as bar:
+    with tqdm(total=sum(len(b[0]) for b in batches.values()), desc=WORDS[kind], unit="image") as bar:
         for samples in batches.values():
             found = sample_values(network, loss, samples, on_chunk=lambda n: bar.update(n * everyone))
             mean, error = _mean_and_error(found)

@@ -28,6 +28,8 @@ def read_folder(folder: Path, name: str) -> Model:
     Raises UserError, which names the folder or the file, the fault and the remedy.
     """
     config, place = read_configs(folder)
+    if _scheduler_folder(folder, place) is None:
+        print(f"{folder} has no scheduler_config.json: its noise is taken for DDPMScheduler's (linear, epsilon)")
     path = _weights_file(place)
     try:
         state = _read_weights(path, config)
@@ -55,8 +57,7 @@ def read_configs(folder: Path) -> tuple[DiffusersConfig, Path]:
             f"--model {folder}: its pipeline has other parts, {', '.join(sorted(map(shorten, others)))}; models that "
             "make images from noise alone are supported"
         )
-    schedulers = [folder / "scheduler", folder, *([place.parent / "scheduler"] if _is_index(place.parent) else [])]
-    scheduler = next((path for path in schedulers if (path / "scheduler_config.json").is_file()), None)
+    scheduler = _scheduler_folder(folder, place)
     try:
         config = DiffusersConfig.of(
             _read_json(folder, place / "config.json"),
@@ -68,9 +69,13 @@ def read_configs(folder: Path) -> tuple[DiffusersConfig, Path]:
         raise
     except ValueError as error:
         raise UserError(f"--model {folder}: {error}; name another model, or mend its config") from None
-    if scheduler is None:
-        print(f"{folder} has no scheduler_config.json: its noise is taken for DDPMScheduler's (linear, epsilon)")
     return config, place
+
+
+def _scheduler_folder(folder: Path, place: Path) -> Path | None:
+    """The one that holds the scheduler's config, where `place` holds that of the network; None where there is none."""
+    paths = [folder / "scheduler", folder, *([place.parent / "scheduler"] if _is_index(place.parent) else [])]
+    return next((path for path in paths if (path / "scheduler_config.json").is_file()), None)
 
 
 def _is_index(folder: Path) -> bool:

@@ -108,7 +108,7 @@ def format_losses(rows: list[Row]) -> str:
 
 
 def _line(row: Row) -> str:
-    text = f"{row.label}: loss on held-out digits {_signed(row.loss_increase)}"
+    text = f"{row.label}: loss on held-out images {_signed(row.loss_increase)}"
     if row.place is None:
         return text + ("" if row.size_apart is None else f"; its size differs by {row.size_apart:.1%}")
     lower, draws = row.place

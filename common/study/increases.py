@@ -156,7 +156,7 @@ def read_increases(path: Path) -> tuple[str, list[Increases]]:
         if len({tuple(map(tuple, (m.names, m.fisher, m.gauss_newton, m.layers))) for m in measured}) > 1:
             raise ValueError("its lines are of different measurements")
         title = (
-            "{kind} {preset}, baseline {baseline:.8}; {digits} held-out digits of {data}, timesteps spread evenly, "
+            "{kind} {preset}, baseline {baseline:.8}; {digits} held-out images of {data}, timesteps spread evenly, "
             "seed {seed}; each of {tensors} weights of the layers quantized alone; errors: 1 standard error"
         ).format(**header, kind=kind_of(str(header["preset"])), tensors=len(measured[0].names))
     except OSError as error:

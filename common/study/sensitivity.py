@@ -4,9 +4,9 @@
     python -m common report --preset quick --sensitivity      # the tables again, from <out>/sensitivity.jsonl
 
 Prints, for each format, the rank correlation (Spearman) over the weights of layers 1 to 6 between the increase of the
-loss on held-out digits and what might predict it; the increase by layer; and the increase of each tensor, and of all
+loss on held-out images and what might predict it; the increase by layer; and the increase of each tensor, and of all
 together, beside what Gauss-Newton values and half the Fisher values predict. Errors: of correlations by the bootstrap
-over tensors, of increases over digits.
+over tensors, of increases over images.
 """
 
 import json
@@ -62,7 +62,7 @@ def quantize_each_alone(
 def main():
     parser = script_parser(__doc__, samples=False)
     parser.add_argument("--formats", choices=FORMATS[1:], nargs="+", default=["int8", "int4", "int2"])
-    parser.add_argument("--digits", type=positive_int, default=200, help="held-out digits whose loss is measured")
+    parser.add_argument("--digits", type=positive_int, default=200, help="held-out images whose loss is measured")
     options = parser.parse_args()
 
     from common.runtime import distributed
