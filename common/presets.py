@@ -13,6 +13,7 @@ ROUNDINGS = ("nearest", "least-error", "feedback")
 # Bounds of what a file may claim; a network that fills them takes more memory than a machine has.
 LARGEST_WIDTH = 2048  # of the first layer, 64 in the published network
 LARGEST_TIMESTEPS = 10_000
+LARGEST_OUTPUT_BIAS = 64
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class UNetConfig:
     attention_layers: tuple[int, ...] = (2, 6)
     dropout: float = 0.1  # in the residual blocks, in training
     timesteps: int = 1000
+    output_bias: int = 0  # images of which a mixture, by timestep, is added to a quantized network's output
     image_shape: ClassVar[tuple[int, int, int]] = (1, 32, 32)  # (channels, height, width)
 
     def __post_init__(self):
@@ -35,6 +37,7 @@ class UNetConfig:
         _require_integers("attention_layers", self.attention_layers, 1, len(CHANNEL_FACTORS))
         _require_integers("groups, heads", (self.groups, self.heads), 1, LARGEST_WIDTH)
         _require_integers("timesteps", (self.timesteps,), 1, LARGEST_TIMESTEPS)
+        _require_integers("output_bias", (self.output_bias,), 0, LARGEST_OUTPUT_BIAS)
         width = self.channels[0] if self.channels else 0
         if self.channels != tuple(width * factor for factor in CHANNEL_FACTORS):
             raise ValueError(f"channels {self.channels}: must be 1, 2, 4, 8, 8, 6 times the first for skips to join")

@@ -88,6 +88,29 @@ def sinusoidal_embedding(timesteps: int, width: int) -> torch.Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1).float()
 
 
+class OutputBias(nn.Module):
+    """A mixture of few images, another at each timestep: what a quantized network's output lacks on average.
+
+    forward(t): t (N,) int64 in 0..T-1, returns (N, 1, 32, 32). Between the timesteps of `GRID` the mixture is
+    interpolated.
+    """
+
+    GRID = 20  # timesteps, evenly spaced from the first to the last
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.last = config.timesteps - 1
+        self.maps = nn.Parameter(torch.zeros(config.output_bias, *config.image_shape))
+        self.coefficients = nn.Parameter(torch.zeros(self.GRID, config.output_bias))
+
+    def forward(self, t):
+        place = t * ((self.GRID - 1) / max(1, self.last))  # (N,)
+        below = place.long().clamp(max=self.GRID - 2)
+        share = (place - below).unsqueeze(1)
+        mixture = torch.lerp(self.coefficients[below], self.coefficients[below + 1], share)  # (N, maps)
+        return (mixture @ self.maps.flatten(1)).view(len(t), *self.maps.shape[1:])
+
+
 class UNet(nn.Module):
     """Predicts the noise in x_t.
 
@@ -106,6 +129,7 @@ class UNet(nn.Module):
         joined = channels[5] // 2 + channels[0]
         self.late_conv = nn.Conv2d(joined, joined // 2, 3, padding=1)
         self.output_conv = nn.Conv2d(joined // 2, 1, 1)
+        self.output_bias = OutputBias(config) if config.output_bias else None
         self.register_buffer(
             "embedding", sinusoidal_embedding(config.timesteps, max(channels)), persistent=False
         )  # (T, width)
@@ -119,7 +143,8 @@ class UNet(nn.Module):
         x = torch.cat([self.layer4(x, embedding)[0], skip3], dim=1)
         x = torch.cat([self.layer5(x, embedding)[0], skip2], dim=1)
         x = torch.cat([self.layer6(x, embedding)[0], skip1], dim=1)
-        return self.output_conv(F.relu(self.late_conv(x)))
+        x = self.output_conv(F.relu(self.late_conv(x)))
+        return x if self.output_bias is None else x + self.output_bias(t)
 
 
 _PUBLISHED_PARTS = (

@@ -50,18 +50,42 @@ def decode(stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> di
     if version_of(stored) == 1:
         return entropy_tables.decode(stored, shapes)
     _require_stored(stored, shapes)
-    steps = dict(zip(shapes, stored["entropy:steps"].cpu().numpy(), strict=True))
+    steps, weights = dict(zip(shapes, stored["entropy:steps"].cpu().numpy(), strict=True)), {}
+    for name, (codes, axis) in _read(stored, shapes).items():
+        with np.errstate(over="ignore"):  # infinity says so itself
+            values = multiples(codes, NO_TRELLIS if axis is None else TRELLIS).astype(np.float32) * steps[name]
+        weights[name] = torch.from_numpy(of_columns(values, tuple(shapes[name]) or (1,), axis or 0))
+    return {name: weights[name].reshape(shape) for name, shape in shapes.items()}
+
+
+def extend(
+    stored: dict[str, torch.Tensor],
+    shapes: dict[str, torch.Size],
+    codes: dict[str, np.ndarray],
+    steps: dict[str, float],
+) -> dict[str, torch.Tensor]:
+    """What a file stores of the weights, of `shapes`, that `stored` holds, and of further ones, as `encode` takes them,
+    which come last."""
+    read, axes = _read(stored, shapes), dict.fromkeys(codes)
+    former = dict(zip(shapes, stored["entropy:steps"].tolist(), strict=True))
+    integers = {}
+    for name, shape in shapes.items():
+        columns, axes[name] = read[name]
+        integers[name] = of_columns(columns, tuple(shape) or (1,), axes[name] or 0).reshape(shape)
+    return encode(integers | codes, former | steps, axes)
+
+
+def _read(stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> dict[str, tuple[np.ndarray, int | None]]:
+    """{name: its integers as a matrix of columns, the axis of its trellis}, as `encode` was given them."""
     layouts = dict(zip(shapes, stored["entropy:layout"].tolist(), strict=True))
-    reader, weights = coder.Reader(stored["entropy:codes"].cpu().numpy()), {}
+    reader, read = coder.Reader(stored["entropy:codes"].cpu().numpy()), {}
     for name in _order(shapes):
         shape, axis = tuple(shapes[name]) or (1,), max(0, layouts[name] - 1)
-        trellis = TRELLIS if layouts[name] else NO_TRELLIS
         matrix = (math.prod(shape) // shape[axis], shape[axis])
-        with np.errstate(over="ignore"):  # infinity says so itself
-            values = multiples(reader.matrix(matrix, trellis), trellis).astype(np.float32) * steps[name]
-        weights[name] = torch.from_numpy(of_columns(values, shape, axis)).reshape(shapes[name])
+        codes = reader.matrix(matrix, TRELLIS if layouts[name] else NO_TRELLIS)
+        read[name] = codes, axis if layouts[name] else None
     reader.finish()
-    return {name: weights[name] for name in shapes}
+    return read
 
 
 def version_of(stored: dict[str, torch.Tensor]) -> int:

@@ -156,7 +156,7 @@ def _metadata(model: Model, sha256: str) -> dict:
 def _described(config: Architecture) -> dict:
     """What a file says of the network."""
     if isinstance(config, UNetConfig):
-        return asdict(config)
+        return {key: value for key, value in asdict(config).items() if (key, value) != ("output_bias", 0)}
     return {"unet": config.unet, "scheduler": json.loads(config.scheduler_json), "pipeline": config.pipeline}
 
 
@@ -165,7 +165,7 @@ def _config_of(described: dict) -> Architecture:
     if "unet" in described:
         sealed.require_metadata(described, {"unet": dict, "scheduler": dict, "pipeline": str})
         return DiffusersConfig.of(**described)
-    sealed.require_metadata(described, _ARCHITECTURE)
+    sealed.require_metadata(described, _ARCHITECTURE | ({"output_bias": int} if "output_bias" in described else {}))
     return UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in described.items()})
 
 

@@ -33,6 +33,7 @@ from common.study.diffusion_fisher import (
 from common.study.evaluate import Evaluator
 from common.study.finetuned import finetuned
 from common.study.held_out import Judged, held_out, judge
+from common.study.output_bias import measure_outputs
 from common.study.rows import Figure
 from common.study.run import Run
 
@@ -168,7 +169,8 @@ class Maker:
         self.values = tensor_values(run, baseline)
         self.rounding, needed = rounding, coding == "entropy" or rounding == "feedback"
         self.feedback = rounding_feedback(run, baseline) if needed else {}
-        self._allocator = make_allocator(baseline, coding, self.feedback, rounding)
+        self.bias = measure_outputs(run, baseline) if coding == "entropy" else None
+        self._allocator = make_allocator(baseline, coding, self.feedback, rounding, self.bias)
 
     def metadata(self, asked: str, variant: str | None = None, **more) -> dict:
         more |= {} if self.rounding == "nearest" else {"rounding": self.rounding}
@@ -194,7 +196,8 @@ class Maker:
 
     def finetuned(self, asked: str, limit: int, updates: int) -> Model:
         """The model of at most `limit` bytes after so many updates. Raises BudgetError."""
-        smaller = self.untrained(asked, int(START_SHARE * limit))
+        plain = make_allocator(self.baseline, self.coding, self.feedback)  # updates leave no bias
+        smaller = self.fit(int(START_SHARE * limit), self.values, self.metadata(asked), plain)
         metadata = self.metadata(asked, "finetuned", updates=updates)
         return finetuned(self.run, self.baseline, smaller, metadata, limit, updates)
 

@@ -15,6 +15,7 @@ from common.choose.rounding import PRICE_OF_A_BIT
 from common.formats import entropy
 from common.formats.numbers import stored_bytes
 from common.formats.packed import Model, Quantizer, file_bytes, tensor_shapes
+from common.study.output_bias import BYTES_OF_A_MAP, OutputBiasFit
 
 
 class Allocator(Protocol):
@@ -30,18 +31,31 @@ class Allocator(Protocol):
 @dataclass(frozen=True)
 class EntropyCoding:
     """Steps by Fisher values, rounded by `feedback` at a `price` of a bit (in squared steps), entropy-coded; multiples
-    of the step, from which finetuning can start, or the integers of a trellis."""
+    of the step, from which finetuning can start, or the integers of a trellis; the output's bias taken off where
+    `bias` is given."""
 
     baseline: Model
     feedback: dict[str, Feedback]
     price: float = PRICE_OF_A_BIT
     trellis: bool = False
+    bias: OutputBiasFit | None = None
 
     def smallest(self, metadata: dict) -> int:
         zeros = {name: np.zeros(tuple(weight.shape), np.int64) for name, weight in self.baseline.state.items()}
         return file_bytes(coded_model(self.baseline, entropy.encode(zeros, dict.fromkeys(zeros, 1.0)), metadata))
 
     def fit(self, limit: int, values: dict[str, float], metadata: dict) -> Model:
+        maps = self.bias.maps(limit) if self.bias else 0
+        if not maps:
+            return self._fit_weights(limit, values, metadata)
+        spare = maps * BYTES_OF_A_MAP
+        while True:
+            model = self.bias.correct(self._fit_weights(limit - spare, values, metadata), maps)
+            if (excess := file_bytes(model) - limit) <= 0:
+                return model
+            spare += excess
+
+    def _fit_weights(self, limit: int, values: dict[str, float], metadata: dict) -> Model:
         def size(stored) -> int:
             return file_bytes(coded_model(self.baseline, stored, metadata))
 
@@ -107,7 +121,13 @@ def coded_model(baseline: Model, stored: dict[str, torch.Tensor], metadata: dict
     return Model(baseline.config, stored, dict.fromkeys(baseline.state, "entropy"), metadata)
 
 
-def make_allocator(baseline: Model, coding: str, feedback: dict[str, Feedback], rounding: str = "nearest") -> Allocator:
+def make_allocator(
+    baseline: Model,
+    coding: str,
+    feedback: dict[str, Feedback],
+    rounding: str = "nearest",
+    bias: OutputBiasFit | None = None,
+) -> Allocator:
     if coding == "entropy":
-        return EntropyCoding(baseline, feedback)
+        return EntropyCoding(baseline, feedback, bias=bias)
     return FixedWidths(baseline, FixedRounding(rounding, feedback))

@@ -3,8 +3,8 @@
     python -m common waterfall --preset quick --times 10 13 16
 
 At each size, with steps by Fisher information: codes to the nearest ("nearest"); those whose fewer bits pay for their
-error ("no feedback"); with feedback from column to column ("by columns"); and from row to row too, which is all of
-layer_budget.py. Then with a trellis in addition ("trellis"), and all parts with steps by something else: Gauss-Newton
+error ("no feedback"); with feedback from column to column ("by columns"); and from row to row too ("no output bias");
+and with the output's bias taken off, which is all of layer_budget.py. Then with a trellis in addition ("trellis"), and all parts with steps by something else: Gauss-Newton
 values, mean squared weights ("magnitude"), or the same for all ("unweighted").
 --finetune N adds the whole with codes and steps that were trained for N updates.
 Each is a row, and its increase of the loss on held-out digits stands below the table.
@@ -37,12 +37,13 @@ def models(
     """
     require_reachable(run, baseline, "entropy", limits)
     maker, digits = Maker(run, baseline, "entropy"), held_out(run, baseline)
-    whole = EntropyCoding(baseline, maker.feedback)
+    whole = EntropyCoding(baseline, maker.feedback, bias=maker.bias)
     columns_alone = {name: replace(feedback, by_rows=None) for name, feedback in maker.feedback.items()}
     parts = {
         "nearest": (EntropyCoding(baseline, {}, price=0.0), maker.values),
         "no feedback": (EntropyCoding(baseline, {}), maker.values),
         "by columns": (EntropyCoding(baseline, columns_alone), maker.values),
+        "no output bias": (replace(whole, bias=None), maker.values),
         None: (whole, maker.values),
         "trellis": (replace(whole, trellis=True), maker.values),
     }

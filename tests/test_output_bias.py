@@ -1,0 +1,130 @@
+"""The mean error of a quantized network's output, in few maps: measured, coded, taken off."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from common.choose import rounding
+from common.choose.feedback import no_feedback
+from common.choose.output_bias import COEFFICIENT_STEP, STEP, factor
+from common.ddpm.unet import OutputBias, UNet
+from common.formats import entropy
+from common.formats.packed import file_bytes, full_precision, load_model, save_model, tensor_shapes
+from common.presets import UNetConfig
+from common.study import codings, output_bias
+from common.study.codings import EntropyCoding, coded_model
+from common.study.output_bias import OutputBiasFit, predict
+
+TINY = UNetConfig(channels=(4, 8, 16, 32, 32, 24), groups=4, heads=2, dropout=0.0, timesteps=1000)
+TIMESTEPS = torch.linspace(0, TINY.timesteps - 1, OutputBias.GRID).round().long()
+
+
+def rounded(model, step=1e-3):
+    """The model entropy-coded at fine steps."""
+    return coded_model(model, rounding.encode(model.state, dict.fromkeys(model.state, step), price=0.0), {"label": "m"})
+
+
+@pytest.fixture(scope="module")
+def baseline():
+    torch.manual_seed(0)
+    return full_precision(TINY, UNet(TINY).state_dict(), {"label": "Baseline (FP32)"})
+
+
+@pytest.fixture(scope="module")
+def fit(baseline):
+    inputs = torch.randn(OutputBias.GRID, 6, 1, 32, 32, generator=torch.Generator().manual_seed(1))
+    return OutputBiasFit(inputs, TIMESTEPS, predict(baseline.network(), inputs, TIMESTEPS, "test"))
+
+
+def test_factors_of_a_known_product_give_it_back_to_half_a_step():
+    rng = np.random.default_rng(0)
+    of_time, of_pixels = rng.uniform(0.5, 1.5, (20, 1)), rng.normal(size=(1, 64))
+    mean, error = of_time * of_pixels, np.full(20, 0.01)
+    codes, steps = factor(mean, error, 1)
+    assert codes["maps"].shape == (1, 64) and codes["coefficients"].shape == (20, 1)
+    assert steps == {"maps": pytest.approx(0.01), "coefficients": COEFFICIENT_STEP}
+    product = codes["coefficients"] * steps["coefficients"] @ (codes["maps"] * steps["maps"])
+    largest = abs(of_pixels).max() * np.sqrt(np.square(of_time).mean())
+    bound = 1.6 * steps["maps"] * STEP / 2 + largest * COEFFICIENT_STEP / 2  # of the maps, and of the coefficients
+    assert abs(product - mean).max() < 1.05 * bound
+
+
+def test_rows_of_large_error_count_little():
+    mean = np.array([[1.0, 0.0], [0.0, 5.0]])
+    codes, steps = factor(mean, np.array([0.01, 1.0]), 1)
+    product = codes["coefficients"] * steps["coefficients"] @ (codes["maps"] * steps["maps"])
+    assert product[0] == pytest.approx([1, 0], abs=0.8)  # maps in steps of the typical error, 0.7
+    assert product[1] == pytest.approx([0, 0], abs=0.8)
+
+
+def test_the_mixture_is_that_of_the_grid_and_interpolated_between():
+    module = OutputBias(replace(TINY, output_bias=2))
+    with torch.no_grad():
+        module.maps[0], module.maps[1] = 1.0, 100.0
+        module.coefficients.copy_(torch.stack([torch.arange(20.0), torch.zeros(20)], dim=1))
+        module.coefficients[-1, 1] = 1.0
+        found = module(torch.tensor([0, 999, 111]))
+    assert found.shape == (3, 1, 32, 32)
+    assert found[0].eq(0).all() and torch.allclose(found[1], torch.tensor(19.0 + 100.0))
+    assert torch.allclose(found[2], torch.tensor(111 * 19 / 999))
+
+
+def test_a_network_without_it_is_as_before():
+    assert UNet(TINY).output_bias is None and not any("output_bias" in name for name in tensor_shapes(TINY))
+
+
+@pytest.mark.parametrize("count", [-1, 65, 1.5, True])
+def test_numbers_of_maps_that_make_no_network(count):
+    with pytest.raises(ValueError, match="output_bias"):
+        replace(TINY, output_bias=count)
+
+
+def test_a_known_shift_is_taken_off(baseline, fit):
+    """The output's own bias is off by 0.5 at all timesteps, so the correction is 0.5 everywhere."""
+    off = dict(baseline.state) | {"output_conv.bias": baseline.state["output_conv.bias"] + 0.5}
+    model = rounded(full_precision(TINY, off, baseline.metadata))
+    corrected = fit.correct(model, 2)
+    assert corrected.config == replace(TINY, output_bias=2)
+    for name, weight in model.state.items():
+        assert torch.equal(corrected.state[name], weight)
+    before = predict(model.network(), fit.inputs, TIMESTEPS, "test") - fit.outputs
+    after = predict(corrected.network(), fit.inputs, TIMESTEPS, "test") - fit.outputs
+    assert before.mean() == pytest.approx(0.5, abs=0.02)
+    assert abs(after.mean()) < 0.02 and after.square().mean() < 0.01 * before.square().mean()
+
+
+def test_corrected_files_are_read_again(baseline, fit, tmp_path):
+    corrected = fit.correct(rounded(baseline), 3)
+    save_model(tmp_path / "model.safetensors", corrected)
+    read = load_model(tmp_path / "model.safetensors")
+    assert (read.config, read.sha256) == (corrected.config, corrected.sha256)
+    assert (tmp_path / "model.safetensors").stat().st_size == file_bytes(corrected)
+
+
+def test_files_of_a_trellis_are_extended_without_a_change():
+    generator = torch.Generator().manual_seed(0)
+    weights = {"conv": torch.randn(16, 8, 3, 3, generator=generator), "bias": torch.randn(16, generator=generator)}
+    feedback = {"conv": no_feedback(weights["conv"].shape)}
+    stored = rounding.encode(weights, {"conv": 0.3, "bias": 0.01}, feedback, trellis=True)
+    assert stored["entropy:layout"].max() > 0
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    extended = entropy.extend(stored, shapes, {"more": np.array([[3, -2]])}, {"more": 0.5})
+    decoded, former = entropy.decode(extended, shapes | {"more": torch.Size([1, 2])}), entropy.decode(stored, shapes)
+    assert decoded["more"].tolist() == [[1.5, -1.0]]
+    assert all(torch.equal(decoded[name], former[name]) for name in weights)
+
+
+def test_a_file_with_a_correction_keeps_to_its_limit(baseline, fit, monkeypatch):
+    monkeypatch.setattr(output_bias, "FILE_PER_MAP", 1)
+    monkeypatch.setattr(codings, "BYTES_OF_A_MAP", 1)  # far too few at first
+    values, limit = dict.fromkeys(baseline.state, 1.0), 20_000
+    model = EntropyCoding(baseline, {}, bias=fit).fit(limit, values, {"label": "m"})
+    assert model.config.output_bias == output_bias.MOST_MAPS
+    assert 0.97 * limit < file_bytes(model) <= limit
+
+
+def test_small_files_have_none(baseline, fit):
+    model = EntropyCoding(baseline, {}, bias=fit).fit(20_000, dict.fromkeys(baseline.state, 1.0), {"label": "m"})
+    assert model.config == TINY
