@@ -6,6 +6,7 @@ A page holds the call in a comment, and cog (cogapp) puts what it prints below i
     <!-- [[[end]]] -->
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -80,10 +81,27 @@ def layers(folders: list[str], formats: list[str]) -> None:
     print(markdown_table([["", *(f"layer {head.removeprefix('layer')}" for head in heads)], *lines]))
 
 
+def speed(preset: str, work: str) -> None:
+    """Prints the times that `python -m benchmarks.speed --json reference/speed/<preset>.json` kept of one kind of work,
+    each beside how many times faster than the published way it is."""
+    kept = json.loads((REFERENCE / "speed" / f"{preset}.json").read_text())
+    timings = [t for t in kept["timings"] if t["work"] == work]
+    published = next(t["seconds"] for t in timings if t["way"] == "published")
+    lines = [
+        [t["way"], f"{1000 * t['seconds']:.2f}", f"{published / t['seconds']:.1f}x", _share(t["of_peak"])]
+        for t in timings
+    ]
+    print(markdown_table([[f"{work}, {preset}", "ms", "faster", "of the peak"], *lines]))
+
+
 def increases(folder: str, formats: list[str]) -> list[Increases]:
     """What `python -m common sensitivity` kept in reference/`folder`, in the order of `formats`."""
     by_format = {m.format: m for m in read_increases(REFERENCE / folder / FILE)[1]}
     return [by_format[name] for name in formats]
+
+
+def _share(of_peak: float | None) -> str:
+    return "-" if of_peak is None else f"{of_peak:.0%}"
 
 
 def _pair(value: float, error: float, digits: int) -> str:

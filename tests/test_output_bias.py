@@ -8,7 +8,7 @@ import torch
 
 from common.choose import rounding
 from common.choose.feedback import no_feedback
-from common.choose.output_bias import COEFFICIENT_STEP, STEP, factor
+from common.choose.output_bias import COEFFICIENT_STEP, COEFFICIENTS, MAPS, STEP, factor
 from common.ddpm.unet import OutputBias, UNet
 from common.formats import entropy
 from common.formats.packed import file_bytes, full_precision, load_model, save_model, tensor_shapes
@@ -24,6 +24,10 @@ TIMESTEPS = torch.linspace(0, TINY.timesteps - 1, OutputBias.GRID).round().long(
 def rounded(model, step=1e-3):
     """The model entropy-coded at fine steps."""
     return coded_model(model, rounding.encode(model.state, dict.fromkeys(model.state, step), price=0.0), {"label": "m"})
+
+
+def in_int8(model):
+    return model.quantize([n for n, s in model.state.items() if s.dim() > 1], "int8", {})
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +47,18 @@ def test_factors_of_a_known_product_give_it_back_to_half_a_step():
     of_time, of_pixels = rng.uniform(0.5, 1.5, (20, 1)), rng.normal(size=(1, 64))
     mean, error = of_time * of_pixels, np.full(20, 0.01)
     codes, steps = factor(mean, error, 1)
-    assert codes["maps"].shape == (1, 64) and codes["coefficients"].shape == (20, 1)
-    assert steps == {"maps": pytest.approx(0.01), "coefficients": COEFFICIENT_STEP}
-    product = codes["coefficients"] * steps["coefficients"] @ (codes["maps"] * steps["maps"])
+    assert codes[MAPS].shape == (1, 64) and codes[COEFFICIENTS].shape == (20, 1)
+    assert steps == {MAPS: pytest.approx(0.01), COEFFICIENTS: COEFFICIENT_STEP}
+    product = codes[COEFFICIENTS] * steps[COEFFICIENTS] @ (codes[MAPS] * steps[MAPS])
     largest = abs(of_pixels).max() * np.sqrt(np.square(of_time).mean())
-    bound = 1.6 * steps["maps"] * STEP / 2 + largest * COEFFICIENT_STEP / 2  # of the maps, and of the coefficients
+    bound = 1.6 * steps[MAPS] * STEP / 2 + largest * COEFFICIENT_STEP / 2  # of the maps, and of the coefficients
     assert abs(product - mean).max() < 1.05 * bound
 
 
 def test_rows_of_large_error_count_little():
     mean = np.array([[1.0, 0.0], [0.0, 5.0]])
     codes, steps = factor(mean, np.array([0.01, 1.0]), 1)
-    product = codes["coefficients"] * steps["coefficients"] @ (codes["maps"] * steps["maps"])
+    product = codes[COEFFICIENTS] * steps[COEFFICIENTS] @ (codes[MAPS] * steps[MAPS])
     assert product[0] == pytest.approx([1, 0], abs=0.8)  # maps in steps of the typical error, 0.7
     assert product[1] == pytest.approx([0, 0], abs=0.8)
 
@@ -81,10 +85,11 @@ def test_numbers_of_maps_that_make_no_network(count):
         replace(TINY, output_bias=count)
 
 
-def test_a_known_shift_is_taken_off(baseline, fit):
+@pytest.mark.parametrize("of", [rounded, in_int8])
+def test_a_known_shift_is_taken_off(of, baseline, fit):
     """The output's own bias is off by 0.5 at all timesteps, so the correction is 0.5 everywhere."""
     off = dict(baseline.state) | {"output_conv.bias": baseline.state["output_conv.bias"] + 0.5}
-    model = rounded(full_precision(TINY, off, baseline.metadata))
+    model = of(full_precision(TINY, off, baseline.metadata))
     corrected = fit.correct(model, 2)
     assert corrected.config == replace(TINY, output_bias=2)
     for name, weight in model.state.items():
@@ -95,8 +100,9 @@ def test_a_known_shift_is_taken_off(baseline, fit):
     assert abs(after.mean()) < 0.02 and after.square().mean() < 0.01 * before.square().mean()
 
 
-def test_corrected_files_are_read_again(baseline, fit, tmp_path):
-    corrected = fit.correct(rounded(baseline), 3)
+@pytest.mark.parametrize("of", [rounded, in_int8])
+def test_corrected_files_are_read_again(of, baseline, fit, tmp_path):
+    corrected = fit.correct(of(baseline), 3)
     save_model(tmp_path / "model.safetensors", corrected)
     read = load_model(tmp_path / "model.safetensors")
     assert (read.config, read.sha256) == (corrected.config, corrected.sha256)

@@ -7,12 +7,13 @@ through weight equalization and bias correction"), at the output and at each tim
 
 import numpy as np
 
+MAPS, COEFFICIENTS = "output_bias.maps", "output_bias.coefficients"  # tensors of the network
 STEP = 1.0  # of the images, in standard errors of the mean error
 COEFFICIENT_STEP = 1 / 64
 
 
 def factor(mean: np.ndarray, error: np.ndarray, rank: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """(codes, steps) of "maps" (rank, D) and "coefficients" (T, rank) whose product is nearest to `mean` (T, D), an
+    """(codes, steps) of `MAPS` (rank, D) and `COEFFICIENTS` (T, rank) whose product is nearest to `mean` (T, D), an
     error of the network at each timestep and pixel, where row t counts by its standard `error` (T,).
 
     By the singular value decomposition (Eckart & Young 1936) of mean / error.
@@ -22,6 +23,6 @@ def factor(mean: np.ndarray, error: np.ndarray, rank: int) -> tuple[dict[str, np
     maps = values[:rank, None] * right[:rank] / np.sqrt(timesteps)
     typical = float(np.sqrt(np.square(error).mean()))
     coefficients = left[:, :rank] * np.sqrt(timesteps) * (error / typical)[:, None]
-    steps = {"maps": STEP * typical, "coefficients": COEFFICIENT_STEP}
-    codes = {"maps": np.rint(maps / STEP), "coefficients": np.rint(coefficients / COEFFICIENT_STEP)}
+    steps = {MAPS: STEP * typical, COEFFICIENTS: COEFFICIENT_STEP}
+    codes = {MAPS: np.rint(maps / STEP), COEFFICIENTS: np.rint(coefficients / COEFFICIENT_STEP)}
     return {name: of.astype(np.int64) for name, of in codes.items()}, steps

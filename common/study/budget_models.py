@@ -169,7 +169,7 @@ class Maker:
         self.values = tensor_values(run, baseline)
         self.rounding, needed = rounding, coding == "entropy" or rounding == "feedback"
         self.feedback = rounding_feedback(run, baseline) if needed else {}
-        self.bias = measure_outputs(run, baseline) if coding == "entropy" else None
+        self.bias = measure_outputs(run, baseline) if needed else None
         self._allocator = make_allocator(baseline, coding, self.feedback, rounding, self.bias)
 
     def metadata(self, asked: str, variant: str | None = None, **more) -> dict:

@@ -1,5 +1,6 @@
 """Codings of a baseline, each of which makes files of a given size."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
@@ -45,15 +46,7 @@ class EntropyCoding:
         return file_bytes(coded_model(self.baseline, entropy.encode(zeros, dict.fromkeys(zeros, 1.0)), metadata))
 
     def fit(self, limit: int, values: dict[str, float], metadata: dict) -> Model:
-        maps = self.bias.maps(limit) if self.bias else 0
-        if not maps:
-            return self._fit_weights(limit, values, metadata)
-        spare = maps * BYTES_OF_A_MAP
-        while True:
-            model = self.bias.correct(self._fit_weights(limit - spare, values, metadata), maps)
-            if (excess := file_bytes(model) - limit) <= 0:
-                return model
-            spare += excess
+        return corrected(self.bias, limit, lambda limit: self._fit_weights(limit, values, metadata))
 
     def _fit_weights(self, limit: int, values: dict[str, float], metadata: dict) -> Model:
         def size(stored) -> int:
@@ -72,15 +65,19 @@ class EntropyCoding:
 
 @dataclass(frozen=True)
 class FixedWidths:
-    """One format for each tensor, the best choice there is for its `rounding`."""
+    """One format for each tensor, the best choice there is for its `rounding`; and the output's bias taken off."""
 
     baseline: Model
     rounding: FixedRounding = field(default_factory=FixedRounding)
+    bias: OutputBiasFit | None = None
 
     def smallest(self, metadata: dict) -> int:
         return file_bytes(self._in_formats(self._narrowest(), metadata))
 
     def fit(self, limit: int, values: dict[str, float], metadata: dict) -> Model:
+        return corrected(self.bias, limit, lambda limit: self._fit_weights(limit, values, metadata))
+
+    def _fit_weights(self, limit: int, values: dict[str, float], metadata: dict) -> Model:
         shapes = tensor_shapes(self.baseline.config)
         axes = {name: axis for name, (_, axis) in shapes.items()}
         least = sum(stored_bytes(shapes[name][0], fmt, axes[name]) for name, fmt in self._narrowest().items())
@@ -116,6 +113,22 @@ class FixedWidths:
         return model
 
 
+def corrected(bias: OutputBiasFit | None, limit: int, fit: Callable[[int], Model]) -> Model:
+    """What `fit` makes in fewer bytes, with the maps of `bias` that a file of `limit` bytes can afford, if they fit.
+    Raises BudgetError."""
+    maps = bias.maps(limit) if bias else 0
+    spare = maps * BYTES_OF_A_MAP
+    while maps:
+        try:
+            model = bias.correct(fit(limit - spare), maps)
+        except BudgetError:
+            break
+        if (excess := file_bytes(model) - limit) <= 0:
+            return model
+        spare += excess
+    return fit(limit)
+
+
 def coded_model(baseline: Model, stored: dict[str, torch.Tensor], metadata: dict) -> Model:
     """The model of what `common.formats.entropy` stores."""
     return Model(baseline.config, stored, dict.fromkeys(baseline.state, "entropy"), metadata)
@@ -130,4 +143,4 @@ def make_allocator(
 ) -> Allocator:
     if coding == "entropy":
         return EntropyCoding(baseline, feedback, bias=bias)
-    return FixedWidths(baseline, FixedRounding(rounding, feedback))
+    return FixedWidths(baseline, FixedRounding(rounding, feedback), bias)

@@ -1,4 +1,4 @@
-"""Entropy-coded models whose output bias (`common.choose.output_bias`) is measured and taken off."""
+"""Models of rounded weights whose output bias (`common.choose.output_bias`) is measured and taken off."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common.choose.output_bias import factor
+from common.choose.output_bias import COEFFICIENTS, MAPS, factor
 from common.ddpm.architecture import schedule_of
 from common.ddpm.digits import to_model_range
 from common.ddpm.noise import NoiseStreams
@@ -18,7 +18,6 @@ from common.presets import UNetConfig
 from common.runtime.device import derive_seed
 from common.study.run import Run
 
-DIGITS = 128  # at each timestep, other noise at each
 BATCH = 32
 MOST_MAPS = 4
 BYTES_OF_A_MAP = 650  # about, with its coefficients
@@ -38,28 +37,33 @@ class OutputBiasFit:
         return min(MOST_MAPS, limit // (FILE_PER_MAP * BYTES_OF_A_MAP))
 
     def correct(self, model: Model, maps: int) -> Model:
-        """An entropy-coded model, with so many maps more, which take off the mean error of its output."""
+        """A model with so many maps more, which take off the mean error of its output: coded with its weights, or int8
+        beside fp16 where these have formats of their own."""
         errors = self.outputs - predict(model.network().to(self.inputs.device), self.inputs, self.timesteps, "bias")
         of_pixels = errors.flatten(2).double().cpu()  # (T, N, D)
         noise = of_pixels.var(1).mean(1).div(len(of_pixels[0])).sqrt().clamp(min=1e-30)
         codes, steps = factor(of_pixels.mean(1).numpy(), noise.numpy(), maps)
         config = replace(model.config, output_bias=maps)
         shapes = {name: shape for name, (shape, _) in tensor_shapes(config).items()}
-        own = {name: shapes[name] for name in tensor_shapes(model.config)}
-        named = {f"output_bias.{name}": of.reshape(shapes[f"output_bias.{name}"]) for name, of in codes.items()}
-        stored = entropy.extend(model.stored, own, named, {f"output_bias.{name}": step for name, step in steps.items()})
-        return Model(config, stored, dict.fromkeys(shapes, "entropy"), model.metadata)
+        codes = {name: of.reshape(shapes[name]) for name, of in codes.items()}
+        if model.is_entropy_coded:
+            own = {name: shapes[name] for name in tensor_shapes(model.config)}
+            stored = entropy.extend(model.stored, own, codes, steps)
+            return Model(config, stored, dict.fromkeys(shapes, "entropy"), model.metadata)
+        more = {name: torch.from_numpy(of).float() * steps[name] for name, of in codes.items()}
+        whole = Model(config, model.stored | more, model.formats | dict.fromkeys(more, "fp32"), model.metadata)
+        return whole.quantize([MAPS], "int8", {}).quantize([COEFFICIENTS], "fp16", {})
 
 
 def measure_outputs(run: Run, baseline: Model) -> OutputBiasFit | None:
-    """Of training digits that are noised to the timesteps of `OutputBias`. None for a network of diffusers, which has
+    """Of training digits that are noised to the timesteps of `OutputBias`, with other noise at each. None for a network of diffusers, which has
     no place for a bias of its output."""
     if not isinstance(baseline.config, UNetConfig):
         return None
     schedule, digits = schedule_of(baseline.config, run.device), run.load_images("train")
     timesteps = torch.linspace(0, schedule.timesteps - 1, OutputBias.GRID, device=run.device).round().long()
     seed = derive_seed(0, "output bias")
-    chosen = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))[:DIGITS]
+    chosen = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))[: run.preset.fisher_grid_digits]
     x0 = to_model_range(digits[chosen]).to(run.device)
     streams = NoiseStreams(seed, range(len(x0)), x0.shape[1:])
     inputs = torch.stack([schedule.add_noise(x0, t.expand(len(x0)), streams.draw(run.device)) for t in timesteps])

@@ -19,7 +19,7 @@ from common.choose.fixed_rounding import FixedRounding
 from common.choose.layers import layer_weights
 from common.errors import UserError
 from common.formats.numbers import stored_bytes, stored_format
-from common.formats.packed import MIB, Model, save_model, size_mib, tensor_shapes
+from common.formats.packed import MIB, Model, file_bytes, save_model, size_mib, tensor_shapes
 from common.presets import FORMATS
 from common.runtime import distributed
 from common.runtime.files import write_atomically
@@ -34,6 +34,7 @@ from common.study.diffusion_fisher import (
 from common.study.evaluate import Evaluator, baseline_row, make_evaluator, model_row, real_rows, said_of, settings_of
 from common.study.held_out import HeldOut, Judged, format_losses, held_out, judge
 from common.study.memorised import compared_with_training, format_nearest
+from common.study.output_bias import measure_outputs
 from common.study.report import format_kept, format_table
 from common.study.rows import Row
 from common.study.run import Run, start
@@ -80,7 +81,10 @@ def uniform(run: Run, baseline: Model, rounding: str = "nearest") -> Model:
     other = {} if rounding == "nearest" else {"rounding": rounding}
     metadata = quantized_metadata(run, baseline, "Uniform", published=PUBLISHED_UNIFORM, **other)
     quantizer = fixed_rounding(run, baseline, rounding).quantize
-    return baseline.quantize(layer_weights(baseline.state), run.fmt, metadata, quantizer)
+    model = baseline.quantize(layer_weights(baseline.state), run.fmt, metadata, quantizer)
+    bias = measure_outputs(run, baseline) if rounding == "feedback" else None
+    maps = bias.maps(file_bytes(model)) if bias else 0
+    return bias.correct(model, maps) if maps else model
 
 
 def fixed_rounding(run: Run, baseline: Model, method: str) -> FixedRounding:

@@ -4,8 +4,9 @@
 
 At each size, with steps by Fisher information: codes to the nearest ("nearest"); those whose fewer bits pay for their
 error ("no feedback"); with feedback from column to column ("by columns"); and from row to row too ("no output bias");
-and with the output's bias taken off, which is all of layer_budget.py. Then with a trellis in addition ("trellis"), and all parts with steps by something else: Gauss-Newton
-values, mean squared weights ("magnitude"), or the same for all ("unweighted").
+and with the output's bias taken off, which is all of layer_budget.py. Then with a trellis in addition ("trellis"), and
+all parts with steps by something else: Gauss-Newton values, mean squared weights ("magnitude"), or the same for all
+("unweighted").
 --finetune N adds the whole with codes and steps that were trained for N updates.
 Each is a row, and its increase of the loss on held-out digits stands below the table.
 """
