@@ -56,8 +56,8 @@ class OutputBiasFit:
 
 
 def measure_outputs(run: Run, baseline: Model) -> OutputBiasFit | None:
-    """Of training digits that are noised to the timesteps of `OutputBias`, with other noise at each. None for a network of diffusers, which has
-    no place for a bias of its output."""
+    """Of training digits that are noised to the timesteps of `OutputBias`, with other noise at each. None for a network
+    of diffusers, which has no place for a bias of its output."""
     if not isinstance(baseline.config, UNetConfig):
         return None
     schedule, digits = schedule_of(baseline.config, run.device), run.load_images("train")
