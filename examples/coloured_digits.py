@@ -38,7 +38,7 @@ UNET = {
     "norm_num_groups": 16,
     "attention_head_dim": 16,
 }
-TRAINING = replace(PRESETS["quick"].training, data="coloured digits", steps=1_300, ema=0.998)
+TRAINING = replace(PRESETS["quick"].training, data="coloured digits", steps=4_000, ema=0.998)
 # Of predicted noise, the share of the flat grounds is too small to be learned where there is much noise, and colours
 # come out too bright.
 SCHEDULER = {"_class_name": "DDPMScheduler", "prediction_type": "v_prediction"}
