@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.choose import rounding
+from common.choose import feedback, rounding
 from common.choose.feedback import DAMPING, Feedback, make_feedback, measure_feedback, patches_of
 from common.fisher.gauss_newton import random_signs, signed_sum
 from common.formats import entropy
@@ -176,3 +176,16 @@ def test_coded_weights_with_feedback_make_better_outputs_in_as_many_bytes():
         errors.append(float(((read - weight) @ x.T).square().mean()))
     assert sizes[1] < 1.05 * sizes[0]
     assert errors[1] < 0.7 * errors[0]
+
+
+def test_gradients_at_dependent_places_have_factors():
+    """Where a layer's output gradients are alike at all places, as where a deep layer sees little of the image."""
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(8, 64, 2, generator=generator) @ torch.randn(8, 2, 16, generator=generator)
+    g[7] = 0.0
+    patches = torch.randn(8, 30, 16, generator=generator)
+    of_rows = torch.zeros(64, 64)
+    factors = feedback._gradient_factors(g, patches, of_rows)
+    gradients = (g.double() @ patches.double().transpose(1, 2)).flatten(0, 1)  # (8 x 64, 30)
+    expected = gradients.T @ gradients
+    assert torch.allclose(factors.double().T @ factors.double(), expected, rtol=1e-4, atol=1e-4 * expected.max())

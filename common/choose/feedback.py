@@ -228,7 +228,8 @@ def _gradient_factors(g: torch.Tensor, patches: torch.Tensor, of_rows: torch.Ten
         of_rows.addmm_(by_row, by_row.T)
         return gradients.flatten(0, 1)
     of_rows += (g @ (patches.transpose(1, 2) @ patches) @ g.transpose(1, 2)).sum(0)
-    inner = (g.transpose(1, 2) @ g).double()  # fewer places than rows: the roots of (N, L, L) do
+    g = g.double()  # FP32 sums of dependent columns are not positive definite, by more than `tiny`
+    inner = g.transpose(1, 2) @ g  # fewer places than rows: the roots of (N, L, L) do
     tiny = 1e-9 * inner.diagonal(dim1=1, dim2=2).mean(1) + 1e-300
     roots = torch.linalg.cholesky(inner + tiny[:, None, None] * torch.eye(len(inner[0])).to(inner)).float()
     return (patches @ roots).transpose(1, 2).flatten(0, 1)
