@@ -131,6 +131,12 @@ def test_a_file_with_a_correction_keeps_to_its_limit(baseline, fit, monkeypatch)
     assert 0.97 * limit < file_bytes(model) <= limit
 
 
+def test_a_model_without_an_error_has_maps_of_zeros(baseline, fit):
+    model = rounded(baseline)
+    same = replace(fit, outputs=predict(model.network(), fit.inputs, TIMESTEPS, "test"))
+    assert same.correct(model, 1).state["output_bias.maps"].eq(0).all()
+
+
 def test_small_files_have_none(baseline, fit):
     model = EntropyCoding(baseline, {}, bias=fit).fit(20_000, dict.fromkeys(baseline.state, 1.0), {"label": "m"})
     assert model.config == TINY

@@ -21,6 +21,7 @@ from common.study.run import Run
 BATCH = 32
 MOST_MAPS = 4
 BYTES_OF_A_MAP = 650  # about, with its coefficients
+FINEST = 1e-3  # of a map's steps, as a share of the mean error: finer ones do not pay where all images err alike
 FILE_PER_MAP = 100  # a map may take this share of the file
 
 
@@ -41,8 +42,10 @@ class OutputBiasFit:
         beside fp16 where these have formats of their own."""
         errors = self.outputs - predict(model.network().to(self.inputs.device), self.inputs, self.timesteps, "bias")
         of_pixels = errors.flatten(2).double().cpu()  # (T, N, D)
-        noise = of_pixels.var(1).mean(1).div(len(of_pixels[0])).sqrt().clamp(min=1e-30)
-        codes, steps = factor(of_pixels.mean(1).numpy(), noise.numpy(), maps)
+        mean = of_pixels.mean(1)
+        noise = of_pixels.var(1).mean(1).div(of_pixels.shape[1]).sqrt()
+        noise = noise.maximum(FINEST * mean.square().mean(1).sqrt()).clamp(min=1e-12)
+        codes, steps = factor(mean.numpy(), noise.numpy(), maps)
         config = replace(model.config, output_bias=maps)
         shapes = {name: shape for name, (shape, _) in tensor_shapes(config).items()}
         codes = {name: of.reshape(shapes[name]) for name, of in codes.items()}
@@ -62,8 +65,8 @@ def measure_outputs(run: Run, baseline: Model) -> OutputBiasFit | None:
         return None
     schedule, digits = schedule_of(baseline.config, run.device), run.load_images("train")
     timesteps = torch.linspace(0, schedule.timesteps - 1, OutputBias.GRID, device=run.device).round().long()
-    seed = derive_seed(0, "output bias")
-    chosen = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))[: run.preset.fisher_grid_digits]
+    seed, count = derive_seed(0, "output bias"), max(2, run.preset.fisher_grid_digits)
+    chosen = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))[:count]
     x0 = to_model_range(digits[chosen]).to(run.device)
     streams = NoiseStreams(seed, range(len(x0)), x0.shape[1:])
     inputs = torch.stack([schedule.add_noise(x0, t.expand(len(x0)), streams.draw(run.device)) for t in timesteps])
