@@ -108,7 +108,7 @@ class OutputBias(nn.Module):
         below = place.long().clamp(max=self.GRID - 2)
         share = (place - below).unsqueeze(1)
         mixture = torch.lerp(self.coefficients[below], self.coefficients[below + 1], share)  # (N, maps)
-        return (mixture @ self.maps.flatten(1)).view(len(t), *self.maps.shape[1:])
+        return (mixture[:, :, None, None, None] * self.maps).sum(1)  # no product of matrices, which 8 bits would take
 
 
 class UNet(nn.Module):
