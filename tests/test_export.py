@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from common.ddpm.sampling import Sampling, generate
+from common.ddpm.unet import UNet
 from common.engines.export import sampling_script
 from common.errors import UserError
 from common.formats.packed import full_precision, save_model
@@ -36,6 +38,14 @@ def file(tiny_preset, tiny_network, tmp_path, monkeypatch):
     return path
 
 
+def with_output_bias(network, maps):
+    biased = UNet(replace(network.config, output_bias=maps)).eval()
+    biased.load_state_dict(network.state_dict(), strict=False)
+    for parameter in biased.output_bias.parameters():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    return biased
+
+
 def images_of(folder) -> np.ndarray:
     """(10, 32, 32): what sample.py makes, in a process that has no torch."""
     without = "import sys; sys.modules['torch'] = None; exec(open('sample.py').read())"
@@ -44,8 +54,12 @@ def images_of(folder) -> np.ndarray:
     return np.stack(np.split(row, 10, axis=1))
 
 
-@pytest.mark.parametrize("target", ["openvino", "onnx"])
-def test_fp32_makes_the_same_images(file, tiny_network, tmp_path, capsys, target):
+@pytest.mark.parametrize(("target", "maps"), [("openvino", 0), ("openvino", 2), ("onnx", 0), ("onnx", 2)])
+def test_fp32_makes_the_same_images(file, tiny_network, tmp_path, capsys, target, maps):
+    if maps:
+        tiny_network = with_output_bias(tiny_network, maps)
+        metadata = {"label": "Budget", "preset": "quick", "digits_seen": 0, "training": {}}
+        save_model(file, full_precision(tiny_network.config, tiny_network.state_dict(), metadata))
     export(file, target, tmp_path / "out", "fp32", STEPS, None, tmp_path)
     assert "relative error" in capsys.readouterr().out
     sampling = Sampling(10, "ddim", STEPS, 0.0, 10, 0, "cpu", "fp32")

@@ -9,6 +9,7 @@ import torch
 from common.choose.layers import layer_weights
 from common.ddpm.sampling import Sampling, generate
 from common.ddpm.schedule import Schedule
+from common.ddpm.unet import UNet
 from common.engines import calibration as calibrating
 from common.engines import costs as costs_module
 from common.engines import openvino as engine_module
@@ -38,8 +39,6 @@ pytest.importorskip("nncf")
 @pytest.fixture(scope="module")
 def network():
     from conftest import TINY
-
-    from common.ddpm.unet import UNet
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -151,6 +150,25 @@ def test_every_convolution_and_linear_layer_runs_in_8_bits_and_nothing_else(netw
     kinds = [op.get_rt_info()["runtimePrecision"] for op in compiled.get_runtime_model().get_ops()
              if op.get_rt_info()["layerType"] in ("Convolution", "FullyConnected", "Deconvolution")]  # fmt: skip
     assert {str(getattr(kind, "value", kind)) for kind in kinds} <= {"u8", "i8"} and kinds
+
+
+def test_an_output_bias_is_added_and_takes_no_8_bits(network, model, calibration, kept):
+    biased = UNet(replace(network.config, output_bias=2)).eval()
+    generator = torch.Generator().manual_seed(2)
+    for parameter in biased.output_bias.parameters():
+        parameter.data.normal_(generator=generator)
+    biased.load_state_dict(network.state_dict(), strict=False)
+    x, t = calibration.x[:9], calibration.t[:9]
+    expected = predicted(biased, x, t)
+    assert mean_square(predicted(network, x, t) - expected) > 0.1 * mean_square(expected)
+    given = denoiser(convert(biased, calibration.x, calibration.t), "fp32")(x, t)
+    assert mean_square(given - expected) < 1e-10 * mean_square(expected)
+    packed = full_precision(biased.config, biased.state_dict(), {"label": "m"}).quantize(
+        ["output_bias.maps"], "int8", {}
+    )
+    graph = integer_graph(biased, calibration, stored_integers(packed))
+    assert integer_layers(graph).keys() == integer_layers(kept[1]).keys()
+    assert mean_square(denoiser(graph, "int8")(x, t) - expected) < 5e-3 * mean_square(expected)
 
 
 def test_layers_that_are_left_have_the_weights_of_the_network(network, kept, calibration):
