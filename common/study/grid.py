@@ -28,7 +28,7 @@ def main():
     parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N; default: cuda where available, else cpu")
     options = parser.parse_args()
     if options.out.suffix.lower() != ".png":
-        parser.error(f"argument --out: {options.out} does not end in .png; give a name that does, since the picture is a PNG file")
+        parser.error(f"argument --out: {options.out} does not end in .png; give a name that does")
 
     from tqdm import tqdm
 
