@@ -108,9 +108,14 @@ def speed(preset: Preset, device: torch.device, rounds: int) -> list[Timing]:
     for (work, way), (_, operations, used) in ways.items():
         seconds = statistics.median(times[work, way])
         result.append(Timing(work, way, seconds, operations / seconds / fastest[used].rate))
-    # pytorch-fid's command forks, and a fork of a process that has run OpenVINO dies.
+    return result + fid_apart(device)
+
+
+def fid_apart(device: torch.device) -> list[Timing]:
+    """`fid_timings` in a process of its own: pytorch-fid's command forks, and a fork of one that has run OpenVINO
+    dies."""
     with spawned_process() as fresh:
-        return result + fresh.submit(fid_timings, device).result()
+        return fresh.submit(fid_timings, device).result()
 
 
 def spawned_process() -> ProcessPoolExecutor:

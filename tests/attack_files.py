@@ -13,7 +13,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +88,7 @@ def hostile_files() -> dict[str, bytes]:
     say("a preset that is no text", about={"label": "x", "preset": []})
     say("another range", data_range=[0, 1])
 
-    for field in asdict(CONFIG):
+    for field in contents["int4"][1]["architecture"]:
         add(f"{field} missing", "int4", lambda tensors, metadata, f=field: metadata["architecture"].pop(f))
         claim(f"{field} is text", **{field: "1"})
         claim(f"{field} is null", **{field: None})
@@ -106,12 +105,15 @@ def hostile_files() -> dict[str, bytes]:
         "heads": (0, 3, 10**12),
         "dropout": (-1.0, 2.0, float("nan")),
         "attention_layers": ([7], [2, 2], [-1], [[2]]),
+        "output_bias": (-1, 1, 65, 10**12, 1.0, True, None, "1"),  # 1: its tensors are not there
     }.items():
         for value in values:
             claim(f"{field} {value}", **{field: value})
     claim("wider than any file could hold", "entropy", channels=_channels(256))
     claim("wider than any file could hold", "entropy 2", channels=_channels(256))
     claim("wider than these codes stand for", "entropy 2", channels=_channels(64))
+    claim("an output bias that these codes lack", "entropy 2", output_bias=1)
+    claim("an output bias that these codes lack", "entropy", output_bias=1)
     claim("a little wider than these codes", "entropy 2", channels=_channels(4))
 
     def set_format(name: str, fmt: object) -> Callable[[dict, dict], None]:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import memory, peak, peers, profile, published, samplers, speed, time_per_image
+from benchmarks import graphs, memory, peak, peers, profile, published, samplers, speed, time_per_image
 from common.ddpm.unet import UNet
 from common.errors import UserError
 from common.presets import PRESETS
@@ -29,8 +29,8 @@ def test_operations_of_the_paper_network_are_those_known():
 def test_speed_names_each_way_and_compares_it_with_the_published_one(tiny_preset, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(peak, "MATRIX", 64)
     monkeypatch.setattr(peak, "CHANNELS", 8)
-    monkeypatch.setattr(speed, "BY_OPENVINO", ("int8",))
-    monkeypatch.setattr(speed, "fid_timings", lambda device: [speed.Timing("FID", "published", 6.0, None)])
+    monkeypatch.setattr(graphs, "PRECISIONS", ("int8",))
+    monkeypatch.setattr(speed, "fid_apart", lambda device: [speed.Timing("FID", "published", 6.0, None)])
     monkeypatch.setattr(speed, "bf16_is_faster", lambda device: False)
     printed = run(speed, monkeypatch, capsys, "--preset", "quick", "--rounds", "1", "--json", str(tmp_path / "s.json"))
     timings = json.loads((tmp_path / "s.json").read_text())["timings"]
@@ -96,7 +96,7 @@ def test_samplers_names_the_fewest_steps_that_are_near():
 
 
 def test_memory_prints_a_line_for_each_work(tiny_preset, monkeypatch, capsys):
-    monkeypatch.setattr(memory, "BY_OPENVINO", ("int8",))
+    monkeypatch.setattr(graphs, "PRECISIONS", ("int8",))
     printed = run(memory, monkeypatch, capsys, "--images", "260").splitlines()
     assert printed[2].split() == ["images", "260"]
     for line, work in zip(printed[3:6], memory.WORKS, strict=True):
