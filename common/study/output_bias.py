@@ -22,7 +22,7 @@ BATCH = 32
 MOST_MAPS = 4
 BYTES_OF_A_MAP = 650  # about, with its coefficients
 FINEST = 1e-3  # of a map's steps, as a share of the mean error: finer ones do not pay where all images err alike
-FILE_PER_MAP = 100  # a map may take this share of the file
+FILE_PER_MAP = 100  # a map may take one byte in so many of the file
 
 
 @dataclass(frozen=True)
