@@ -18,8 +18,9 @@ def graphs_of(network: UNet, batch: int) -> dict:
     """{precision: openvino.Model}; timesteps and batches as when `batch` images are sampled."""
     images = torch.rand(4 * CALIBRATION_BATCH, 1, 32, 32) * 2 - 1
     graphs = {}
-    for precision in PRECISIONS:
-        sampling = Sampling(batch, "ddim", 2, 1.0, batch, 0, "cpu", precision)
-        with TemporaryDirectory() as folder:
-            graphs[precision] = OpenVINO(images, "noise", Path(folder)).graph(deepcopy(network), "", {}, sampling)
+    with TemporaryDirectory() as folder:  # mixed finds there what int8 has calibrated
+        engine = OpenVINO(images, "noise", Path(folder))
+        for precision in PRECISIONS:
+            sampling = Sampling(batch, "ddim", 2, 1.0, batch, 0, "cpu", precision)
+            graphs[precision] = engine.graph(deepcopy(network), "", {}, sampling)
     return graphs

@@ -6,6 +6,7 @@ one adaptive coder (`common.formats.coder`). Files of version 1 are read (`commo
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def decode(stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> di
         return entropy_tables.decode(stored, shapes)
     _require_stored(stored, shapes)
     steps, weights = dict(zip(shapes, stored["entropy:steps"].cpu().numpy(), strict=True)), {}
-    for name, (codes, axis) in _read(stored, shapes).items():
+    for name, codes, axis in _read(stored, shapes):
         with np.errstate(over="ignore"):  # infinity says so itself
             values = multiples(codes, NO_TRELLIS if axis is None else TRELLIS).astype(np.float32) * steps[name]
         weights[name] = torch.from_numpy(of_columns(values, tuple(shapes[name]) or (1,), axis or 0))
@@ -66,26 +67,26 @@ def extend(
 ) -> dict[str, torch.Tensor]:
     """What a file stores of the weights, of `shapes`, that `stored` holds, and of further ones, as `encode` takes them,
     which come last."""
-    read, axes = _read(stored, shapes), dict.fromkeys(codes)
+    integers, axes = dict.fromkeys(shapes), dict.fromkeys(codes)  # in the order of `shapes`, not of the stream
     former = dict(zip(shapes, stored["entropy:steps"].tolist(), strict=True))
-    integers = {}
-    for name, shape in shapes.items():
-        columns, axes[name] = read[name]
-        integers[name] = of_columns(columns, tuple(shape) or (1,), axes[name] or 0).reshape(shape)
+    for name, columns, axis in _read(stored, shapes):
+        integers[name] = of_columns(columns, tuple(shapes[name]) or (1,), axis or 0).reshape(shapes[name])
+        axes[name] = axis
     return encode(integers | codes, former | steps, axes)
 
 
-def _read(stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> dict[str, tuple[np.ndarray, int | None]]:
-    """{name: its integers as a matrix of columns, the axis of its trellis}, as `encode` was given them."""
+def _read(
+    stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]
+) -> Iterator[tuple[str, np.ndarray, int | None]]:
+    """Of each tensor, in the order of the stream: name, integers as a matrix of columns, and axis of its trellis."""
     layouts = dict(zip(shapes, stored["entropy:layout"].tolist(), strict=True))
-    reader, read = coder.Reader(stored["entropy:codes"].cpu().numpy()), {}
+    reader = coder.Reader(stored["entropy:codes"].cpu().numpy())
     for name in _order(shapes):
         shape, axis = tuple(shapes[name]) or (1,), max(0, layouts[name] - 1)
         matrix = (math.prod(shape) // shape[axis], shape[axis])
         codes = reader.matrix(matrix, TRELLIS if layouts[name] else NO_TRELLIS)
-        read[name] = codes, axis if layouts[name] else None
+        yield name, codes, axis if layouts[name] else None
     reader.finish()
-    return read
 
 
 def version_of(stored: dict[str, torch.Tensor]) -> int:

@@ -196,7 +196,7 @@ class Maker:
 
     def finetuned(self, asked: str, limit: int, updates: int) -> Model:
         """The model of at most `limit` bytes after so many updates. Raises BudgetError."""
-        plain = make_allocator(self.baseline, self.coding, self.feedback)  # without the bias: docs/quick.md
+        plain = replace(self._allocator, bias=None)  # why: docs/quick.md
         smaller = self.fit(int(START_SHARE * limit), self.values, self.metadata(asked), plain)
         metadata = self.metadata(asked, "finetuned", updates=updates)
         return finetuned(self.run, self.baseline, smaller, metadata, limit, updates)

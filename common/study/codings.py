@@ -16,7 +16,7 @@ from common.choose.rounding import PRICE_OF_A_BIT
 from common.formats import entropy
 from common.formats.numbers import stored_bytes
 from common.formats.packed import Model, Quantizer, file_bytes, tensor_shapes
-from common.study.output_bias import BYTES_OF_A_MAP, OutputBiasFit
+from common.study.output_bias import BYTES_OF_A_MAP, OutputBiasFit, affordable_maps
 
 
 class Allocator(Protocol):
@@ -116,7 +116,7 @@ class FixedWidths:
 def corrected(bias: OutputBiasFit | None, limit: int, fit: Callable[[int], Model]) -> Model:
     """What `fit` makes in fewer bytes, with the maps of `bias` that a file of `limit` bytes can afford, if they fit.
     Raises BudgetError."""
-    maps = bias.maps(limit) if bias else 0
+    maps = affordable_maps(limit) if bias else 0
     spare = maps * BYTES_OF_A_MAP
     while maps:
         try:

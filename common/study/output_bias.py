@@ -1,6 +1,5 @@
 """Models of rounded weights whose output bias (`common.choose.output_bias`) is measured and taken off."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +24,11 @@ FINEST = 1e-3  # of a map's steps, as a share of the mean error: finer ones do n
 FILE_PER_MAP = 100  # a map may take one byte in so many of the file
 
 
+def affordable_maps(limit: int) -> int:
+    """How many a file of `limit` bytes can afford."""
+    return min(MOST_MAPS, limit // (FILE_PER_MAP * BYTES_OF_A_MAP))
+
+
 @dataclass(frozen=True)
 class OutputBiasFit:
     """What the FP32 baseline predicts of inputs (T, N, C, H, W) at timesteps (T,): outputs of the inputs' shape."""
@@ -32,10 +36,6 @@ class OutputBiasFit:
     inputs: torch.Tensor
     timesteps: torch.Tensor
     outputs: torch.Tensor
-
-    def maps(self, limit: int) -> int:
-        """How many maps a file of `limit` bytes can afford."""
-        return min(MOST_MAPS, limit // (FILE_PER_MAP * BYTES_OF_A_MAP))
 
     def correct(self, model: Model, maps: int) -> Model:
         """A model with so many maps more, which take off the mean error of its output: coded with its weights, or int8
@@ -77,11 +77,6 @@ def measure_outputs(run: Run, baseline: Model) -> OutputBiasFit | None:
 @torch.inference_mode()
 def predict(network: nn.Module, inputs: torch.Tensor, timesteps: torch.Tensor, label: str) -> torch.Tensor:
     """The network's outputs for inputs (T, N, C, H, W) at timesteps (T,), of the same shape; shows a progress bar."""
-    bar: Iterable = tqdm(zip(inputs, timesteps, strict=True), desc=label, total=len(inputs), unit="timestep")
+    bar = tqdm(zip(inputs, timesteps, strict=True), desc=label, total=len(inputs), unit="timestep")
     network = network.to(memory_format=torch.channels_last)
-
-    def outputs(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        parts = x.contiguous(memory_format=torch.channels_last).split(BATCH)
-        return torch.cat([network(part, t.expand(len(part))) for part in parts])
-
-    return torch.stack([outputs(x, t) for x, t in bar])
+    return torch.stack([torch.cat([network(part, t.expand(len(part))) for part in x.split(BATCH)]) for x, t in bar])

@@ -34,7 +34,7 @@ from common.study.diffusion_fisher import (
 from common.study.evaluate import Evaluator, baseline_row, make_evaluator, model_row, real_rows, said_of, settings_of
 from common.study.held_out import HeldOut, Judged, format_losses, held_out, judge
 from common.study.memorised import compared_with_training, format_nearest
-from common.study.output_bias import measure_outputs
+from common.study.output_bias import affordable_maps, measure_outputs
 from common.study.report import format_kept, format_table
 from common.study.rows import Row
 from common.study.run import Run, start
@@ -82,9 +82,9 @@ def uniform(run: Run, baseline: Model, rounding: str = "nearest") -> Model:
     metadata = quantized_metadata(run, baseline, "Uniform", published=PUBLISHED_UNIFORM, **other)
     quantizer = fixed_rounding(run, baseline, rounding).quantize
     model = baseline.quantize(layer_weights(baseline.state), run.fmt, metadata, quantizer)
-    bias = measure_outputs(run, baseline) if rounding == "feedback" else None
-    maps = bias.maps(file_bytes(model)) if bias else 0
-    return bias.correct(model, maps) if maps else model
+    maps = affordable_maps(file_bytes(model)) if rounding == "feedback" else 0
+    bias = measure_outputs(run, baseline) if maps else None
+    return bias.correct(model, maps) if bias else model
 
 
 def fixed_rounding(run: Run, baseline: Model, method: str) -> FixedRounding:
