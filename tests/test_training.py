@@ -291,6 +291,13 @@ def test_a_state_of_another_run_is_refused_and_kept(run, tiny_config, tmp_path, 
     assert state.read_bytes() == content
 
 
+def test_a_state_does_not_say_what_is_off(run, tmp_path):
+    """So states of before a field was there continue."""
+    run()
+    _, metadata = sealed.load(tmp_path / "state.safetensors", "training")
+    assert "output_bias" not in metadata["architecture"]
+
+
 def test_a_damaged_state_is_refused(run, tmp_path):
     run()
     state = tmp_path / "state.safetensors"

@@ -1,5 +1,7 @@
 """Networks of either kind from their configs: this project's own U-Net, or a UNet2DModel of diffusers."""
 
+import json
+from dataclasses import asdict
 from typing import TypeAlias
 
 import torch
@@ -13,6 +15,13 @@ from common.errors import UserError, one_line
 from common.presets import UNetConfig
 
 Architecture: TypeAlias = UNetConfig | DiffusersConfig
+
+
+def described(config: Architecture) -> dict:
+    """What a file says of the network, for JSON; what is off is not said, so that files of before it was there fit."""
+    if isinstance(config, UNetConfig):
+        return {key: value for key, value in asdict(config).items() if (key, value) != ("output_bias", 0)}
+    return {"unet": config.unet, "scheduler": json.loads(config.scheduler_json), "pipeline": config.pipeline}
 
 
 def build(config: Architecture) -> nn.Module:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from common.ddpm.architecture import Architecture, build, build_plain
+from common.ddpm.architecture import Architecture, build, build_plain, described
 from common.ddpm.digits import DATA_RANGE
 from common.ddpm.pipelines import DiffusersConfig
 from common.ddpm.unet import load_tensors
@@ -145,7 +145,7 @@ def file_bytes(model: Model) -> int:
 
 def _metadata(model: Model, sha256: str) -> dict:
     return {
-        "architecture": _described(model.config),
+        "architecture": described(model.config),
         "formats": _CODED[entropy.version_of(model.stored)] if model.is_entropy_coded else model.formats,
         "data_range": DATA_RANGE,
         "weights_sha256": sha256,
@@ -153,15 +153,8 @@ def _metadata(model: Model, sha256: str) -> dict:
     }
 
 
-def _described(config: Architecture) -> dict:
-    """What a file says of the network."""
-    if isinstance(config, UNetConfig):
-        return {key: value for key, value in asdict(config).items() if (key, value) != ("output_bias", 0)}
-    return {"unet": config.unet, "scheduler": json.loads(config.scheduler_json), "pipeline": config.pipeline}
-
-
 def _config_of(described: dict) -> Architecture:
-    """What `_described` was given, checked. Raises ValueError."""
+    """What `described` was given, checked. Raises ValueError."""
     if "unet" in described:
         sealed.require_metadata(described, {"unet": dict, "scheduler": dict, "pipeline": str})
         return DiffusersConfig.of(**described)

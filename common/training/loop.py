@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common.ddpm.architecture import Architecture, schedule_of
+from common.ddpm.architecture import Architecture, described, schedule_of
 from common.ddpm.digits import to_model_range
 from common.ddpm.schedule import denoising_loss
 from common.errors import UserError
@@ -113,7 +113,7 @@ def train(
     ema = {name: p.detach().clone() for name, p in parameters.items()}
     losses = torch.zeros(config.steps, device=device)
     run = {
-        "architecture": asdict(architecture),
+        "architecture": described(architecture),
         "training": asdict(config),
         "precision": precision,
         "digits": sealed.hash_tensors({"digits": digits}),
