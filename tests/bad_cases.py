@@ -994,6 +994,9 @@ def own_models() -> Iterator[Case]:
     yield case("samples of no model", "common samples absent.safetensors", "absent.safetensors")
     yield case("samples to a jpg", f"common samples {PACKED} --out grid.jpg", "--out", "grid.jpg")
     yield case("samples in many steps", f"common samples {PACKED} --steps 2000", "--steps 2000")
+    yield case("samples as files among others", f"common samples {PACKED} --png results", "--png results")
+    yield case("samples as files and a picture", f"common samples {PACKED} --png new --out a.png", "--png", "a.png")
+    yield case("samples of one model twice", f"common samples {PACKED} {PACKED}", PACKED)
 
 
 def mnist() -> Iterator[Case]:

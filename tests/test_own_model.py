@@ -19,7 +19,6 @@ from common.errors import UserError
 from common.formats.diffusers_folder import read_folder, write_folder
 from common.formats.packed import load_model, save_model, tensor_shapes
 from common.metrics.features import load_features
-from common.study.grid import png_of_grid
 
 BLOCKS = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
 SMALL = {"sample_size": 16, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1,
@@ -197,14 +196,6 @@ def test_random_features_are_the_same_everywhere():
     assert features.shape == (5, network.dimensions) and probabilities is None
     assert network.sha256 == load_features("random", torch.device("cpu"), channels=3).sha256
     assert not torch.equal(features[0], features[1])
-
-
-def test_a_grid_places_images_row_by_row(tmp_path):
-    images = [torch.full((3, 4, 6), 40 * i, dtype=torch.uint8) for i in range(5)]
-    (tmp_path / "grid.png").write_bytes(png_of_grid(images))
-    grid = np.array(Image.open(tmp_path / "grid.png"))
-    assert grid.shape == (4 + 2 + 4, 6 + 2 + 6 + 2 + 6, 3)
-    assert (grid[:4, :6] == 0).all() and (grid[6:, 8:14] == 160).all() and (grid[6:, 16:] == 255).all()
 
 
 CONFIGS = {

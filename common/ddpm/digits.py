@@ -12,6 +12,7 @@ import torch
 
 from common.errors import UserError, one_line
 from common.runtime import distributed
+from common.runtime.device import derive_seed
 
 DATA_RANGE = (-1.0, 1.0)
 MNIST_IMAGES = {"train": 60_000, "test": 10_000}
@@ -54,6 +55,12 @@ def load_mnist(split: str, data_dir: str | Path) -> tuple[torch.Tensor, torch.Te
     images = _read_idx(raw / f"{prefix}-images-idx3-ubyte", (count, 28, 28))
     labels = _read_idx(raw / f"{prefix}-labels-idx1-ubyte", (count,))
     return pad_digits(images), labels.long()
+
+
+def some_of(digits: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """`count` of the digits (N, ...), or all if there are fewer, in an order that depends on the seed alone."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "test digits"))
+    return digits[torch.randperm(len(digits), generator=generator)[:count]]
 
 
 def pad_digits(images: torch.Tensor) -> torch.Tensor:

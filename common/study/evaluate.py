@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from common.choose.layers import layer_of, layer_weights, layers_in_order
-from common.ddpm.digits import to_model_range
+from common.ddpm.digits import some_of, to_model_range
 from common.ddpm.sampling import Sampling, generate, image_file, load_images, prepare_torch
 from common.engines.engine import OpenVINO, engine_name
 from common.engines.integers import decoding_note, stored_integers
@@ -29,7 +29,6 @@ from common.metrics.scores import (
     squared_errors,
 )
 from common.presets import UNetConfig
-from common.runtime.device import derive_seed
 from common.study.rows import BASELINE, REAL, Figure, Row, Settings, checked
 from common.study.run import Run
 
@@ -127,8 +126,7 @@ def real_rows(run: Run, evaluator: Evaluator, baseline: str | None) -> list[Row]
     """The row of as many real test digits as there are images: what a perfect model would score with as many. None, and
     a line that says so, where there are too few digits for it."""
     test, called = run.load_images("test"), "test digits" if run.images is None else "held-out images"
-    generator = torch.Generator().manual_seed(derive_seed(run.sampling.seed, "test digits"))
-    digits = test[torch.randperm(len(test), generator=generator)[: run.sampling.images]]
+    digits = some_of(test, run.sampling.images, run.sampling.seed)
     if len(digits) <= evaluator.features.dimensions:
         instead = ": --data mnist" if run.images is None else ""
         print(f"{len(digits)} {called} in {run.data} are too few for a row of real {called.split()[1]}{instead}")

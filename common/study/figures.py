@@ -23,6 +23,7 @@ from common.study.frontier import draw_fid_against_ratio, draw_fid_against_size,
 from common.study.increases import FILE
 from common.study.predictions import draw_sensitivity
 from common.study.rows import BASELINE, Row
+from common.study.strips import draw_strips
 
 SHOWN_IMAGES = 12
 GROUPS = {"layers 1-2": "12", "layers 3-6": "3456"}
@@ -76,24 +77,13 @@ def draw_all(folder: Path, groups: list[list[Row]], only: str = "") -> list[Path
     return list(drawn)
 
 
-def as_picture(image: torch.Tensor) -> np.ndarray:
-    """An image (H, W) or (C, H, W), as matplotlib and Pillow take it."""
-    return (image if image.dim() == 2 else image.permute(1, 2, 0)).numpy()
-
-
 def draw_samples(rows: list[Row]):
-    """The first images of each model; one column, one noise."""
-    shown = [(r.label, load_images(Path(r.image_file))) for r in rows if r.image_file and Path(r.image_file).is_file()]
-    if not shown:
-        return None
-    strips = [(label, as_picture(torch.cat(list(images[:SHOWN_IMAGES]), dim=-1))) for label, images in shown]
-    figure, axes = plt.subplots(len(strips), 1, figsize=(9, 0.8 * len(strips)), squeeze=False)
-    for axis, (label, strip) in zip(axes[:, 0], strips, strict=True):
-        axis.imshow(strip, cmap="gray", vmin=0, vmax=255)
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-        axis.set(xticks=[], yticks=[])
-    axes[0, 0].set_title("Each column starts from the same noise", fontsize=9)
-    return figure
+    """The first images of each model; one column, one noise. Digits that are others than the baseline's are framed."""
+    there = [row for row in rows if row.image_file and Path(row.image_file).is_file()]
+    originals = [i for i, row in enumerate(there) if row.weights == row.settings.baseline]
+    compared = originals[0] if originals and there[0].settings.metric.startswith("mnist ") else None
+    strips = [(row.label, load_images(Path(row.image_file))[:SHOWN_IMAGES]) for row in there]
+    return draw_strips(strips, compared) if strips else None
 
 
 def draw_fisher_by_tensor(table: information.FisherTable):
