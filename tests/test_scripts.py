@@ -213,14 +213,14 @@ def test_rows_of_samplers_leave_the_report_whole(call, trained, monkeypatch, cap
 def test_peers_have_rows_or_a_line_of_what_they_cannot(call, trained, monkeypatch):
     from benchmarks import peers
 
-    def halve(network, samples):
+    def halve(network, samples, values):
         with torch.no_grad():
             network.output_conv.weight /= 2
         return network, {"weight": network.output_conv.weight}
 
     found = {
         "halved": ("torch", halve),
-        "none": ("torch", lambda network, _: (network, {})),
+        "none": ("torch", lambda network, *_: (network, {})),
         "gone": ("no-such", halve),
     }
     monkeypatch.setattr(peers, "PEERS", found)
