@@ -10,8 +10,7 @@ from common.ddpm.sampling import Sampling
 from common.ddpm.unet import UNet
 from common.engines.calibration import BATCH as CALIBRATION_BATCH
 from common.engines.engine import OpenVINO
-
-PRECISIONS = ("fp32", "bf16", "int8", "mixed")
+from common.presets import PRECISIONS
 
 
 def graphs_of(network: UNet, batch: int) -> dict:

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 from common.errors import run_main
 from common.options import Parser, positive_int
-from common.presets import PRESETS
+from common.presets import PRECISIONS, PRESETS
 
 WORKS = ("sampling", "Fisher", "metrics")
 BATCH = 50
@@ -120,7 +120,6 @@ def main():
 
 
 def print_held(preset_name: str) -> None:
-    from benchmarks.graphs import PRECISIONS
     from common.engines.openvino import installed_version
 
     for precision in ("fp32", "bf16"):

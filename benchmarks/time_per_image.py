@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from common.errors import run_main
 from common.options import positive_int, script_parser
+from common.presets import PRECISIONS
 
 ROUNDS = 5  # that count, after one that does not
 
@@ -54,7 +55,7 @@ def main():
         "torch bf16": replace(by_torch, sampling=replace(run.sampling, precision="bf16")),
     }
     if run.device.type == "cpu":
-        evaluators |= {f"openvino {p}": with_engine(run, by_torch, p) for p in ("fp32", "bf16", "int8", "mixed")}
+        evaluators |= {f"openvino {p}": with_engine(run, by_torch, p) for p in PRECISIONS}
 
     def measure(evaluator, sampler: str, steps: int):
         one = replace(evaluator, sampling=replace(evaluator.sampling, sampler=sampler, steps=steps, eta=1.0))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import is_first_process
-from common.presets import FORMATS, PRESETS
+from common.presets import FORMATS, PRECISIONS, PRESETS
 
 MOST_IMAGES = 10_000_000
 LARGEST_SEED = 2**64 - 1  # keys of the noise are of 64 bits
@@ -215,7 +215,7 @@ def _add_sampling(group) -> None:
     )
     group.add_argument(
         "--precision",
-        choices=("fp32", "bf16", "int8", "mixed"),
+        choices=PRECISIONS,
         help="of the network when sampling; of openvino alone: int8 weights and activations, or those but for the "
         "layers that it costs most, which take bf16 (mixed)",
     )

@@ -8,6 +8,7 @@ FORMATS = ("fp32", "fp16", "int8", "int7", "int6", "int5", "int4", "int3", "int2
 # Of integers: to the nearest, with scales that reach the largest weight (as published), or with scales of least squared
 # error; or with these, each error made good by the weights that are rounded later.
 ROUNDINGS = ("nearest", "least-error", "feedback")
+PRECISIONS = ("fp32", "bf16", "int8", "mixed")  # of products when sampling; the latter two by OpenVINO alone
 
 
 # Bounds of what a file may claim; a network that fills them takes more memory than a machine has.

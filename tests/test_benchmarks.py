@@ -62,6 +62,12 @@ def test_peers_none_of_which_is_installed_are_an_error(tiny_preset, monkeypatch,
         run(peers, monkeypatch, capsys, "--preset", "quick", "--device", "cpu")
 
 
+@pytest.mark.parametrize("step", [1.0, 1.24, 1.25, 1.99, 0.3, 0.0131, 77.0])
+def test_the_number_of_a_step_for_nncodec(step):
+    below, above = (2 ** (qp // 4) * (1 + qp % 4 / 4) for qp in (peers._nncodec_qp(step), peers._nncodec_qp(step) + 1))
+    assert below <= step < above
+
+
 def test_profile_finds_the_operator_that_takes_the_time(tiny_preset, monkeypatch, capsys):
     a = torch.randn(1000, 1000)
     shares = profile.operator_shares(lambda: (a @ a, a[:2] + 1), torch.device("cpu"))
@@ -96,7 +102,7 @@ def test_samplers_names_the_fewest_steps_that_are_near():
 
 
 def test_memory_prints_a_line_for_each_work(tiny_preset, monkeypatch, capsys):
-    monkeypatch.setattr(graphs, "PRECISIONS", ("int8",))
+    monkeypatch.setattr(memory, "PRECISIONS", ("int8",))
     printed = run(memory, monkeypatch, capsys, "--images", "260").splitlines()
     assert printed[2].split() == ["images", "260"]
     for line, work in zip(printed[3:6], memory.WORKS, strict=True):

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from common.errors import UserError
 from common.options import file_name, script_parser, whole_number
+from common.presets import PRECISIONS
 
 SHOWN = 8  # layers
 
@@ -60,7 +61,7 @@ def main():
         said_of(model)
         others.append(model)
     torch_fp32 = make_evaluator(run)
-    engines = {p: with_engine(run, torch_fp32, p) for p in ("fp32", "bf16", "int8", "mixed")}  # raises where absent
+    engines = {p: with_engine(run, torch_fp32, p) for p in PRECISIONS}  # raises where absent
     engines |= {f"mixed {n}": with_engine(run, torch_fp32, f"mixed {n}") for n in options.left}
     original = torch_fp32.measure(baseline)
     rows = [
