@@ -50,6 +50,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "- FP32": _figure("fid_unbiased_difference", 4),
     "KID - FP32": _figure("kid_difference", 2, 1000),
     "PSNR dB": _figure("psnr", 1),
+    "changed %": _figure("changed", 1, 100),
     "MiB": lambda row: _size(size_of(row)),
     "Score": _figure("inception_score", 2),
     "KID x1000": _figure("kid", 2, 1000),
@@ -61,7 +62,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "p": lambda row: NOTHING if row.place is None else f"{(row.place[0] + 1) / (row.place[1] + 1):.2f}",
     "published FID / MiB": _published,
 }
-MAIN = ("unbiased FID", "- FP32", "KID - FP32", "PSNR dB", "MiB", "smaller")
+MAIN = ("unbiased FID", "- FP32", "KID - FP32", "PSNR dB", "changed %", "MiB", "smaller")
 MORE = ("Score", "KID x1000", "FID at N", "FID at N - FP32", "tensors MiB", "loss increase", "published FID / MiB")
 
 

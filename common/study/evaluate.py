@@ -16,6 +16,7 @@ from common.engines.integers import decoding_note, stored_integers
 from common.errors import UserError
 from common.formats.numbers import IntegerTensor
 from common.formats.packed import MIB, Model, tensor_shapes
+from common.metrics.changed import share_changed
 from common.metrics.features import load_features
 from common.metrics.frechet import Reference
 from common.metrics.scores import (
@@ -28,6 +29,7 @@ from common.metrics.scores import (
     score,
     squared_errors,
 )
+from common.options import DIGITS
 from common.presets import UNetConfig
 from common.study.rows import BASELINE, REAL, Figure, Row, Settings, checked
 from common.study.run import Run
@@ -164,7 +166,7 @@ def model_row(
         kept=kept_by_layer(model),
         ms_per_step=measured.ms_per_step,
         **figures(measured.scores),
-        **({} if same else differences(measured, baseline)),
+        **({} if same else differences(settings, measured, baseline)),
         **(known | more),
     )
 
@@ -192,7 +194,7 @@ def measured_row(settings: Settings, label: str, measured: Measured, baseline: M
     """The row of images that no packed model made, with differences to the images of `baseline`."""
     return Row(
         label, settings, **figures(measured.scores), weights=measured.weights, ms_per_step=measured.ms_per_step,
-        **differences(measured, baseline), **more,
+        **differences(settings, measured, baseline), **more,
     )  # fmt: skip
 
 
@@ -201,14 +203,17 @@ def figures(scores: Scores) -> dict[str, Figure]:
     return {key: estimate and Figure(estimate.value, estimate.error) for key, estimate in vars(scores).items()}
 
 
-def differences(measured: Measured, baseline: Measured) -> dict[str, Figure]:
-    """{field of a row: value and error}: paired differences to the baseline's images of the same noise, and PSNR."""
+def differences(settings: Settings, measured: Measured, baseline: Measured) -> dict[str, Figure]:
+    """{field of a row: value and error}: paired differences to the baseline's images of the same noise, PSNR, and of
+    digits the share that became others."""
     found = {
         f"{key}_difference": Figure(*getattr(measured.scores, key).minus(getattr(baseline.scores, key)))
         for key in ("fid", "fid_unbiased", "kid")
     }
-    pairs = zip(measured.image_files, baseline.image_files, strict=True)
-    decibels, error = psnr(np.concatenate([squared_errors(load_images(a), load_images(b)) for a, b in pairs]))
+    after, before = (torch.cat([load_images(path) for path in m.image_files]) for m in (measured, baseline))
+    if settings.data in DIGITS and before.shape[1:] == (32, 32):
+        found["changed"] = Figure(*share_changed(before, after))
+    decibels, error = psnr(squared_errors(after, before))
     return found | {"psnr": Figure(decibels, error)} if np.isfinite(decibels) else found  # equal images have none
 
 

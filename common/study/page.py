@@ -11,7 +11,7 @@ from common.presets import FORMATS
 from common.runtime.files import write_atomically
 from common.study.columns import MAIN, MORE, NOTHING, cells, filled
 from common.study.memorised import format_nearest
-from common.study.report import FOOT, MORE_FOOT, describe, feet_of_features
+from common.study.report import MORE_FOOT, describe, feet_of
 from common.study.rows import BASELINE, Row, kind_of
 
 NAME = "report.html"
@@ -71,7 +71,7 @@ def write_page(folder: Path, groups: list[list[Row]], pictures: list[Path]) -> P
         pictures=[_picture(path) for path in pictures if _group_of(path, several) is None],
         tensors=[path.read_text() for path in sorted(folder.glob("tensors-*.txt"))],
         formats=[*FORMATS, "entropy"],
-        foot=". ".join([FOOT, MORE_FOOT, *feet_of_features(groups[0][0])]),
+        foot=". ".join([*feet_of(groups[0]), MORE_FOOT]),
     )
     path = folder / NAME
     write_atomically(path, page.encode())

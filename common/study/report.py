@@ -22,6 +22,7 @@ FOOT = (
     "unbiased FID: as of infinitely many images, below 0 by chance alone; - FP32: what quantization adds, on the same "
     "noise (KID x1000)"
 )
+FOOT_OF_CHANGED = "changed: images that became another digit than FP32's, where a classifier is sure of both"
 WIDTH = 120  # of a terminal
 MORE_FOOT = "FID at N: of these images, mostly bias, compares only with as many"
 
@@ -36,11 +37,11 @@ def format_table(rows: list[Row]) -> str:
 
     Where labels are long, the columns that are missed least make room, so that a line fits the terminal.
     """
-    columns = list(MAIN)
+    columns = [name for name in MAIN if name != "changed %" or rows[0].settings.data in DIGITS]
     for least in ("KID - FP32", "smaller", "PSNR dB"):
         if len(_lines(rows, columns)[0]) > WIDTH:
             columns.remove(least)
-    return "\n".join([f"\n{describe(rows[0])}", *_lines(rows, columns), FOOT, *feet_of_features(rows[0])])
+    return "\n".join([f"\n{describe(rows[0])}", *_lines(rows, columns), *feet_of(rows)])
 
 
 def format_more(rows: list[Row]) -> str:
@@ -69,13 +70,14 @@ def format_markdown(rows: list[Row]) -> str:
     """All columns that say something, as Markdown."""
     columns = filled((*MAIN, *MORE), rows)
     table = [["Model", *columns]] + [[row.label, *cells(row, columns, rows)] for row in rows]
-    feet = [FOOT, MORE_FOOT, *feet_of_features(rows[0])]
+    feet = [*feet_of(rows), MORE_FOOT]
     return "\n".join([f"\n{describe(rows[0])}", "", markdown_table(table), "", *feet])
 
 
-def feet_of_features(row: Row) -> list[str]:
-    """What a foot adds where the features are those of random weights."""
-    return [FOOT_OF_RANDOM] if row.settings.metric.startswith("random ") else []
+def feet_of(rows: list[Row]) -> list[str]:
+    """The lines that explain the columns of a table."""
+    changed = [FOOT_OF_CHANGED] if rows[0].settings.data in DIGITS else []
+    return [FOOT, *changed, *([FOOT_OF_RANDOM] if rows[0].settings.metric.startswith("random ") else [])]
 
 
 def describe(row: Row) -> str:

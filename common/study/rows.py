@@ -59,10 +59,11 @@ class Row:
     weights of layers 1 to 6 that stay FP32, by layer. rounding: how integers were chosen, where not to the nearest.
     curvature: "gauss-newton" where its values decided; None where Fisher values did, or nothing of the kind.
     nearest_training_digit, training_digit_excess: see `common.metrics.memorised`; of the baseline and the real digits
-    alone. loss_increase: over the baseline's on held-out digits; place: (how many of the permutations of its Fisher
-    values do as well or better, of how many); size_apart: the largest difference of their sizes from the row's, or of a
-    control's from its rule's, as a share. ms_per_step: milliseconds of an image and step, in the row's own sampling; of
-    rows that were sampled without a break, on whatever else the machine did.
+    alone. changed: the share of the images that became other digits (`common.metrics.changed`). loss_increase: over the
+    baseline's on held-out digits; place: (how many of the permutations of its Fisher values do as well or better, of
+    how many); size_apart: the largest difference of their sizes from the row's, or of a control's from its rule's, as a
+    share. ms_per_step: milliseconds of an image and step, in the row's own sampling; of rows that were sampled without
+    a break, on whatever else the machine did.
     """
 
     label: str
@@ -90,6 +91,7 @@ class Row:
     fid_difference: Figure | None = None
     kid_difference: Figure | None = None
     psnr: Figure | None = None
+    changed: Figure | None = None
     nearest_training_digit: Figure | None = None
     training_digit_excess: Figure | None = None
     formats: dict[str, str] | None = None
@@ -119,7 +121,7 @@ class Row:
 
 _FIGURES = (
     "fid", "fid_unbiased", "kid", "inception_score", "fid_difference", "fid_unbiased_difference", "kid_difference",
-    "psnr", "loss_increase", "nearest_training_digit", "training_digit_excess",
+    "psnr", "changed", "loss_increase", "nearest_training_digit", "training_digit_excess",
 )  # fmt: skip
 _POSITIVE = ("fid", "inception_score", "nearest_training_digit")
 _TEXTS = ("label", "strategy", "setting", "variant", "format", "timestep_weighting", "weights", "file", "image_file")

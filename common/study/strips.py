@@ -8,9 +8,7 @@ import numpy as np
 import torch
 from matplotlib.patches import Rectangle
 
-from common.metrics.features import load_features
-
-SURE = 0.9  # the probability from which a digit counts as read
+from common.metrics.changed import changed_digits
 
 
 def as_picture(image: torch.Tensor) -> np.ndarray:
@@ -39,11 +37,3 @@ def draw_strips(strips: list[tuple[str, torch.Tensor]], original: int | None = N
     said = f"{below} column starts from the same noise" + ("; framed: a digit that became another" if framed else "")
     axes[0, 0].set_title(said, fontsize=9)
     return figure
-
-
-def changed_digits(before: torch.Tensor, after: torch.Tensor) -> list[int]:
-    """The places at which the digit classifier is sure of either image, uint8 (N, 32, 32), and reads other digits."""
-    classifier = load_features("mnist", torch.device("cpu"))
-    with torch.no_grad():
-        (sure, digit), (sure_after, digit_after) = (classifier.extract(images)[1].max(1) for images in (before, after))
-    return ((sure >= SURE) & (sure_after >= SURE) & (digit != digit_after)).nonzero().flatten().tolist()

@@ -1,0 +1,36 @@
+"""Digits that became others, against the labels that people gave them."""
+
+import numpy as np
+import pytest
+import torch
+
+from common.ddpm.digits import load_labelled_digits
+from common.metrics.changed import changed_digits, share_changed
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    return load_labelled_digits("mnist5k", "test")
+
+
+def test_digits_that_became_others_are_those_with_other_labels(labelled):
+    digits, labels = labelled
+    after = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
+    named = set(changed_digits(digits, digits[after]))
+    truth = set((labels != labels[after]).nonzero().flatten().tolist())
+    assert len(named & truth) > 0.99 * len(named) and len(named) > 0.9 * len(truth)
+
+
+def test_what_stays_a_digit_or_cannot_be_read_does_not_count(labelled):
+    digits, labels = labelled
+    ones, noise = digits[labels == 1][:20], torch.randint(0, 256, (20, 32, 32), dtype=torch.uint8)
+    assert changed_digits(ones, ones.flip(0)) == []  # other ones
+    assert changed_digits(ones, ones // 2) == []
+    assert len(changed_digits(ones, torch.zeros_like(ones))) + len(changed_digits(noise, noise.flip(0))) <= 20
+
+
+def test_the_share_and_its_error(labelled):
+    digits, labels = labelled
+    ones, zeros = digits[labels == 1][:80], digits[labels == 0][:80]
+    share, error = share_changed(ones, torch.cat([zeros[:20], ones[20:]]))
+    assert share == pytest.approx(0.25, abs=0.02) and error == pytest.approx(np.sqrt(share * (1 - share) / 80))
