@@ -49,7 +49,7 @@ def search(acceptable: Callable[[float], bool], most: float, start: float = STAR
 
 
 def describe_search(low: float | None, high: float | None, tried: list[float], margin: float) -> str:
-    rule = f"less than the margin of {margin:.4f} (unbiased FID less FP32's, two standard errors included)"
+    rule = f"less than the margin of {margin:.4f} (unbiased FID minus FP32's, two standard errors included)"
     if low is None:
         factors = ", ".join(f"{times:g}" for times in sorted(tried))
         return f"no factor that was tried, {factors}, costs {rule}"

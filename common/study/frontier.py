@@ -10,23 +10,26 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from common.fisher.information import WORDS
 from common.study.rows import BASELINE, REAL, Figure, Row
 
-FID_NAMES = {"fid": "FID", "fid_unbiased": "unbiased FID", "fid_unbiased_difference": "unbiased FID less FP32's"}
+FID_NAMES = {"fid": "FID", "fid_unbiased": "unbiased FID", "fid_unbiased_difference": "unbiased FID minus FP32's"}
 # Ten colours that differ in print and to most colour-blind eyes (Petroff 2021), and markers for the next ten.
 COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
 MARKERS = ("o", "s", "^")
 LINE_HEIGHT = 12  # of a label, in points, and
 LETTER = 4.6  # the width of one of its letters
+FEW_WAYS = 4  # of joined points, whose sizes there is room to name
 
 
 def draw_fid_against_size(rows: list[Row]):
     """FID (`_fid_shown`), and PSNR to the FP32 images, against the size of the file. A way to make files of any size is
-    a line with a band of one standard error, named where its files are smallest; of the others points are drawn."""
+    a line with a band of one standard error, named where its files are smallest; of the others points are drawn. Where
+    the ways are few, each point of a line has its size or format beside it."""
     measured = [row for row in rows if row.size_mib]
     if len(measured) < 2:
         return None
     shown = _fid_shown(measured)
     figure, axes = plt.subplots(1, 2, figsize=(15, 6), width_ratios=(3, 2))
     styles = dict(zip(dict.fromkeys(map(_drawn_as, measured)), _styles(), strict=False))
+    few = len({_drawn_as(row) for row in measured if is_joined(row)}) <= FEW_WAYS
     for axis, key in zip(axes, (shown, "psnr"), strict=True):
         ends = {}
         for kind, (marker, colour) in styles.items():
@@ -34,18 +37,23 @@ def draw_fid_against_size(rows: list[Row]):
             points = sorted(((row.file_mib or row.size_mib, getattr(row, key)) for row in chosen), key=lambda at: at[0])
             if not points:
                 continue
-            joined = chosen[0].strategy in ("Uniform", "Budget") and chosen[0].draw is None
+            joined = is_joined(chosen[0])
             if joined:
                 _band(axis, points, colour)
+            for row in chosen if joined and few else []:
+                at = row.file_mib or row.size_mib, getattr(row, key).value
+                name = row.setting.partition(",")[0] or (row.format or "").upper()
+                free = (5, 5 if key == shown else -11)  # FID falls with the size, PSNR rises
+                axis.annotate(name, at, free, textcoords="offset points", fontsize=7, color=colour)
             _errorbar(axis, points, fmt=marker + ("-" if joined else ""), color=colour, label=kind)
             ends[kind] = points[0][0], points[0][1].value, colour
         axis.set(xlabel="MiB of the file", xscale="log")
+        axis.set_xlim(right=1.1 * axis.get_xlim()[1])
         axis.grid(alpha=0.3, which="both")
         if axis is axes[0]:
             _level_to_compare(axis, rows, shown)
             _fid_scale(axis, [getattr(row, shown) for row in measured if getattr(row, shown)])
-            low, high = axis.get_xlim()
-            axis.set_xlim(left=low * (low / high) ** 0.5)  # room for the names
+            _make_room(axis, ends)
             _name_ends(axis, ends)
             _mark_published(axis, measured)
             bands = [label for label in axis.get_legend_handles_labels()[1] if label not in ends]
@@ -53,7 +61,8 @@ def draw_fid_against_size(rows: list[Row]):
                 of = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
                 axis.legend([of[label] for label in bands], bands, loc="upper right", fontsize=8)
         _plain_ticks(axis)
-    axes[0].set(ylabel=f"{FID_NAMES[shown]} ({rows[0].settings.metric})")
+    around = ", linear around 0" if axes[0].get_yscale() == "symlog" else ""
+    axes[0].set(ylabel=f"{FID_NAMES[shown]} ({rows[0].settings.metric}{around})")
     axes[1].set(ylabel="PSNR to the FP32 images, dB", title="colours as on the left")
     figure.tight_layout()
     return figure
@@ -163,6 +172,20 @@ def _errorbar(axis, points: list[tuple[float, Figure]], **style) -> None:
 def _band(axis, points: list[tuple[float, Figure]], colour: str) -> None:
     x, low, high = zip(*((x, f.value - f.error, f.value + f.error) for x, f in points), strict=True)
     axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def is_joined(row: Row) -> bool:
+    """Whether a row is one of a way to make files of any size."""
+    return row.strategy in ("Uniform", "Budget") and row.draw is None
+
+
+def _make_room(axis, ends: dict[str, tuple[float, float, str]]) -> None:
+    """Moves the left end of the logarithmic x axis so far that the names of `ends` fit left of their points."""
+    (low, high), width = axis.get_xlim(), axis.bbox.width * 72 / axis.figure.dpi
+    for name, (x, _, _) in ends.items():
+        share = min(0.8, (LETTER * len(name) + 16) / width)  # of the axis
+        low = min(low, high * (x / high) ** (1 / (1 - share)))
+    axis.set_xlim(left=low)
 
 
 def _name_ends(axis, ends: dict[str, tuple[float, float, str]]) -> None:
