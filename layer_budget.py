@@ -1,16 +1,16 @@
 """The least Fisher-weighted error at a given size: Fisher information decides how coarsely each tensor is stored.
 
     python layer_budget.py --times 10 13 16             # files 10, 13 and 16 times smaller than the FP32 tensors
-    python layer_budget.py --times auto --margin 0.1    # the smallest that surely adds less than a tenth to the FID
+    python layer_budget.py --times auto --margin 0.1    # the smallest that adds less than a tenth to the FID
     python layer_budget.py --times 16 --finetune 1000   # and a row whose codes were trained for 1000 updates
-    python layer_budget.py --size 0.8 --coding fixed    # a width for each tensor, a file of at most 0.8 MiB
+    python layer_budget.py --size 0.8 --coding fixed    # a format for each tensor, a file of at most 0.8 MiB
     python layer_budget.py --times 10 --controls 20     # and whether Fisher values do better than chance
 
-An error dw of a weight counts F dw^2, with F the Fisher information of its tensor. That ranks tensors; it is not the
-increase of the loss, which the values of --curvature gauss-newton predict. --coding entropy rounds each tensor to
-multiples of a step proportional to 1 / sqrt(F), each error made good by the neighbours that are rounded later, and
-entropy-codes the result; --coding fixed chooses for each tensor one of fp32, fp16 and int8 to int2, the best choice
-there is under the size, and rounds with the same care (--rounding). The file counts, with all that is in it.
+An error dw of a weight counts as F dw^2, with F the Fisher information of its tensor. This ranks tensors. It does not
+predict the increase of the loss; the values of --curvature gauss-newton do. --coding entropy rounds each tensor to
+multiples of a step proportional to 1 / sqrt(F), compensates each error in the weights that are rounded later, and
+entropy-codes the result. --coding fixed gives each tensor one of fp32, fp16 and int8 to int2, the choice of least error
+within the size; --rounding says how it rounds. The size is that of the whole file, headers included.
 """
 
 from common.errors import run_main
@@ -22,7 +22,7 @@ def main():
     parser = strategy_parser(__doc__, formats=False)
     sizes = parser.add_mutually_exclusive_group(required=True)
     sizes.add_argument(
-        "--size", type=bounded_float(1e-6, 1e6, 0.8), nargs="+", metavar="MIB", help="of the file, at most"
+        "--size", type=bounded_float(1e-6, 1e6, 0.8), nargs="+", metavar="MIB", help="largest size of the file"
     )
     sizes.add_argument(
         "--times", type=factor, nargs="+", metavar="X", help="files X times smaller than FP32's tensors; or auto"
@@ -31,21 +31,21 @@ def main():
         "--margin",
         type=bounded_float(1e-3, 1e3, 0.25),
         metavar="SHARE",
-        help="of --times auto: the unbiased FID may exceed FP32's by this share of it, with two errors to spare; "
-        "default: 0.25",
+        help="for --times auto: the unbiased FID minus FP32's, plus two standard errors, must be less than this share "
+        "of FP32's; default: 0.25",
     )
     parser.add_argument("--coding", choices=("entropy", "fixed"), default="entropy", help="what the file stores")
     parser.add_argument(
         "--rounding",
         choices=ROUNDINGS,
-        help="of --coding fixed: integers to the nearest; with scales of the least squared error; with these, and "
-        "errors made good by weights that are rounded later; default: feedback",
+        help="for --coding fixed: round integers to the nearest; or with scales of the least squared error; or with "
+        "these scales and each error compensated in weights that are rounded later; default: feedback",
     )
     parser.add_argument(
         "--finetune",
         type=positive_int,
         metavar="N",
-        help="also rows whose codes were then trained for N updates of 64 digits; some hundreds and more",
+        help="add rows whose codes were trained for N updates of 64 digits each; use some hundreds or more",
     )
     parser.set_defaults(timestep_weighting="image")
     options = parser.parse_args()

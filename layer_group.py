@@ -42,7 +42,7 @@ def main():
         type=groups_of,
         nargs="+",
         metavar="G",
-        help="one row for each; default: 12/3456, or of a --model, whose layers --dry-run lists, the like",
+        help="one row for each; default: the first two layers and the others, 12/3456 (--dry-run lists a --model's)",
     )
     options = parser.parse_args()
     layers = OWN_LAYERS

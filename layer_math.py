@@ -1,9 +1,9 @@
 """One threshold per layer from its Fisher values: mean - k * std; tensors below it are quantized.
 
-    python layer_math.py --alpha 0.5      # k = alpha * mean / std, held within [0.1, 2.0]
+    python layer_math.py --alpha 0.5      # k = alpha * mean / std, clamped to [0.1, 2.0]
     python layer_math.py --k 0.5          # k itself
 
-GroupNorm weights are left out: they stay FP32 and do not count in mean and std.
+GroupNorm weights are left out: they stay FP32 and do not enter the mean and std.
 """
 
 from functools import partial

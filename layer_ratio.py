@@ -1,4 +1,4 @@
-"""One ratio per layer: the given share of each layer's tensors, those of the largest Fisher values, stays FP32.
+"""One share for every layer: that share of its tensors, those with the largest Fisher values, stays FP32.
 
 python layer_ratio.py --ratio 0.25 0.35
 python layer_ratio.py --ratio 0.5 --format int8

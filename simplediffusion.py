@@ -4,7 +4,7 @@ python simplediffusion.py                        # preset paper where CUDA is av
 python simplediffusion.py --preset quick --retrain --checkpoint results/quick/baseline.safetensors
 python simplediffusion.py --preset paper --dry-run
 python simplediffusion.py --preset paper --training-steps 2000
-python simplediffusion.py --format int4 --rounding feedback     # the uniform model with more care
+python simplediffusion.py --format int4 --rounding feedback     # the uniform model, rounded with feedback
 python simplediffusion.py --checkpoint PACKED_FILE              # a quantized model's row, from its file alone
 """
 
@@ -21,26 +21,26 @@ def main():
         help="train anew and write --checkpoint, or continue a training that was stopped",
     )
     parser.add_argument(
-        "--training-steps", type=positive_int, metavar="N", help="of the training, if any; default: the preset's"
+        "--training-steps", type=positive_int, metavar="N", help="steps to train, if it trains; default: the preset's"
     )
     parser.add_argument(
         "--training-seed",
         type=whole_number(0, LARGEST_SEED),
         metavar="N",
-        help="of the training, if any: its first weights, digits and noise; default: 0",
+        help="seed of the training, if it trains: of the initial weights, the digits and the noise; default: 0",
     )
     parser.add_argument(
-        "--keep-every", type=positive_int, metavar="N", help="keep the weights each N steps of the training, if any"
+        "--keep-every", type=positive_int, metavar="N", help="keep the weights every N steps of the training"
     )
     parser.add_argument(
-        "--baseline", type=file_name, metavar="FILE", help="what a packed --checkpoint came from; default: the preset's"
+        "--baseline", type=file_name, metavar="FILE", help="baseline of a packed --checkpoint; default: the preset's"
     )
     parser.add_argument(
         "--rounding",
         choices=ROUNDINGS,
         default="nearest",
-        help="of integers: to the nearest, as published; with scales of the least squared error; with these, and "
-        "errors made good by weights that are rounded later",
+        help="how to round integers: to the nearest, as published; or with scales of the least squared error; or with "
+        "these scales and each error compensated in weights that are rounded later",
     )
     options = parser.parse_args()
     if options.rounding != "nearest" and not options.format.startswith("int"):

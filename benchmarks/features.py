@@ -41,7 +41,9 @@ def main():
             found.setdefault(path, row)
     if len(found) < 3:
         raise UserError(f"--out {options.out}: images of {len(found)} rows are there; give a folder of three or more")
-    (data,) = {row.settings.data for row in found.values()}
+    if len(kinds := {row.settings.data for row in found.values()}) > 1:
+        raise UserError(f"--out {options.out}: has rows of {' and '.join(sorted(kinds))}; give a folder of one")
+    (data,) = kinds
     network = load_features("random", torch.device("cpu"))
     reference = make_reference(extract(load_digits(data, "train"), network)[0])
     classifier, random = [], []

@@ -15,7 +15,7 @@ from common.presets import PRECISIONS
 
 def graphs_of(network: UNet, batch: int) -> dict:
     """{precision: openvino.Model}; timesteps and batches as when `batch` images are sampled."""
-    images = torch.rand(4 * CALIBRATION_BATCH, 1, 32, 32) * 2 - 1
+    images = torch.randint(0, 256, (4 * CALIBRATION_BATCH, 32, 32), dtype=torch.uint8)
     graphs = {}
     with TemporaryDirectory() as folder:  # mixed finds there what int8 has calibrated
         engine = OpenVINO(images, "noise", Path(folder))

@@ -8,6 +8,7 @@ disk. nncodec, which needs a C++ compiler, fits files of a size: with one step f
 information, as layer_budget.py has them. The rows join results.jsonl. A package that is not installed has a line too.
 """
 
+import hashlib
 import io
 import math
 from collections.abc import Callable
@@ -204,26 +205,32 @@ def main():
     samples = schedule_of(run.preset.network).add_noise(x0, t, noise), t, noise
     values = tensor_values(replace(run, timestep_weighting="image"), baseline) if _version("nncodec") else {}
     rows, failures = [baseline_row(settings, baseline, original, run.checkpoint)], []
+    if distributed.rank() == 0:
+        run.results.add(rows)
     for name, (package, quantize) in PEERS.items():
         try:
             if not _version(package):
                 failures.append(f"{name}: is not installed: pip install {package}")
                 continue
-            weights = f"{baseline.sha256} {name}, {package} {_version(package)}"
             network, state = quantize(baseline.network().to(run.device), samples, values)
             if is_as_it_was(network.state_dict(), baseline.state):
                 failures.append(f"{name}: leaves the network as it was")
                 continue
-            measured = evaluator.measure_network(as_it_is(network.eval()), weights, name)
+            sampled, file = as_it_is(network.eval()), stored(state)
+            sampled(*(part[:2] for part in samples[:2]))
+        except UserError:
+            raise
         except Exception as error:  # whatever a package that cannot do it raises
             reason = (str(error) or type(error).__name__).splitlines()[0]
             failures.append(f"{name}: cannot: {type(error).__name__}: {reason[:120]}")
             continue
-        mib = len(stored(state)) / MIB
+        made = hashlib.sha256(file).hexdigest()  # the images are kept by what made them
+        weights = f"{baseline.sha256} {name}, {package} {_version(package)}, {made}"
+        measured, mib = evaluator.measure_network(sampled, weights, name), len(file) / MIB
         about = {"strategy": "Peer", "setting": name, "format": package, "size_mib": mib, "file_mib": mib}
         rows.append(measured_row(settings, name, measured, original, **about))
-    if distributed.rank() == 0:
-        run.results.add(rows)
+        if distributed.rank() == 0:
+            run.results.add(rows[-1:])
     print("\n".join([format_table(rows), "", *failures]))
 
 

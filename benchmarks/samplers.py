@@ -56,7 +56,8 @@ def format_samplers(rows: list[Row], differences: list[tuple[float, float]]) -> 
         used = row.settings
         method = f"{used.sampler} {used.steps}, eta {used.eta:g}"
         ddpm = f"{difference:+.3f} ± {error:.3f}"
-        lines.append(f"{method:24}{row.fid_unbiased.text(3):>18}{ddpm:>18}{row.inception_score.text(3):>18}")
+        said = row.inception_score.text(3) if row.inception_score else "-"
+        lines.append(f"{method:24}{row.fid_unbiased.text(3):>18}{ddpm:>18}{said:>18}")
         if difference <= error:
             near.append((used.steps, used.sampler))
     steps, sampler = min(near)

@@ -45,6 +45,8 @@ def main():
     from common.study.evaluate import baseline_row, make_evaluator, settings_of, with_engine
     from common.study.run import start
 
+    if options.model:
+        parser.error(f"argument --model: {options.model}: the published way has this project's networks; leave it out")
     run = start(options)
     timesteps = run.preset.network.timesteps
     if max(options.dpm) > timesteps:

@@ -115,14 +115,14 @@ def script_parser(description: str, *, formats: bool = False, fisher: bool = Fal
     model.add_argument("--preset", choices=PRESETS, help="default: paper where CUDA is available, else quick")
     model.add_argument("--checkpoint", type=file_name, metavar="FILE", help="default: checkpoints/<preset>.safetensors")
     model.add_argument(
-        "--model", type=file_name, metavar="DIR", help="a UNet2DModel of diffusers, in place of a preset; with --data"
+        "--model", type=file_name, metavar="DIR", help="a UNet2DModel of diffusers in place of a preset; needs --data"
     )
     model.add_argument(
         "--data",
         type=data_name,
         metavar="mnist|mnist5k|FOLDER",
-        help="default: what the preset trains on; for a --model a folder of png, jpg or webp images, a fifth of them "
-        "held out by a hash of their names",
+        help="default: what the preset trains on; with --model, a folder of png, jpg or webp images, of which a fifth "
+        "is held out by a hash of their names",
     )
     model.add_argument("--data-dir", type=file_name, default=Path("data"), metavar="DIR", help="holds MNIST/raw")
     model.add_argument("--device", default=None, help="cpu, cuda or cuda:N; default: cuda where available, else cpu")
@@ -131,7 +131,7 @@ def script_parser(description: str, *, formats: bool = False, fisher: bool = Fal
         type=whole_number(0, LARGEST_SEED),
         default=0,
         metavar="N",
-        help="of the sampling: the noise of image i depends on (seed, i) alone",
+        help="seed of the sampling: the noise of image i depends on (seed, i) alone",
     )
     parser.set_defaults(format="fp16", timestep_weighting="first", curvature="fisher")
     if formats or fisher:
@@ -146,8 +146,8 @@ def script_parser(description: str, *, formats: bool = False, fisher: bool = Fal
         metrics.add_argument(
             "--metric",
             choices=METRICS,
-            help="whose features FID, KID and score use; default: mnist for digits; for others inception where its "
-            "weights are there and images are enough, else random, a fixed network of random weights",
+            help="the features that FID, KID and score use; default: mnist for digits; for other images inception if "
+            "its weights are there and there are enough images, else random, a fixed network of random weights",
         )
         metrics.add_argument("--inception-weights", type=file_name, metavar="FILE", help="default: download them")
     output = parser.add_argument_group("output")
@@ -163,12 +163,13 @@ def script_parser(description: str, *, formats: bool = False, fisher: bool = Fal
 
 def _add_quantization(group, formats: bool, fisher: bool) -> None:
     if formats:
-        group.add_argument("--format", choices=FORMATS[1:], help="what tensors become that are quantized")
+        group.add_argument("--format", choices=FORMATS[1:], help="the format of the tensors that are quantized")
     if fisher:
         group.add_argument(
             "--timestep-weighting",
             choices=TIMESTEP_WEIGHTINGS,
-            help="Fisher values of timestep 1, their mean, or that weighted by what an error does to the image",
+            help="Fisher values at timestep 1; their mean over 20 timesteps; or that mean, each timestep weighted by "
+            "what an error there does to the finished image",
         )
         group.add_argument(
             "--fisher-timestep",
@@ -189,13 +190,13 @@ def _former_weighting(text: str) -> str:
 
 def _add_sampling(group) -> None:
     group.add_argument(
-        "--images", type=whole_number(1, MOST_IMAGES), metavar="N", help="of each model; default: the preset's"
+        "--images", type=whole_number(1, MOST_IMAGES), metavar="N", help="images per model; default: the preset's"
     )
     group.add_argument(
         "--seeds",
         type=whole_number(1, 1000),
         metavar="N",
-        help="draws of as many images each, of seeds that follow one another; a row has the mean over them",
+        help="draw the --images N times, with consecutive seeds; a row has the mean over the draws",
     )
     group.add_argument("--sampler", choices=("ddpm", "ddim", "dpm++"), help="default: the preset's")
     group.add_argument(
@@ -211,13 +212,13 @@ def _add_sampling(group) -> None:
         help="images sampled at once; default: 50 on a CPU, 250 on CUDA",
     )
     group.add_argument(
-        "--engine", choices=("torch", "openvino"), help="what runs the network; openvino: CPU, an extra to install"
+        "--engine", choices=("torch", "openvino"), help="what runs the network; openvino: CPU, installed separately"
     )
     group.add_argument(
         "--precision",
         choices=PRECISIONS,
-        help="of the network when sampling; of openvino alone: int8 weights and activations, or those but for the "
-        "layers that it costs most, which take bf16 (mixed)",
+        help="of the network when sampling; with openvino only: int8, weights and activations in 8 bits; mixed, the "
+        "same with the layers that this costs most in bf16",
     )
 
 
@@ -228,13 +229,14 @@ def strategy_parser(description: str, *, formats: bool = True) -> Parser:
         "--curvature",
         choices=CURVATURES,
         default="fisher",
-        help="the values that decide: mean squared gradients of the loss, or by how much an error dw of a weight "
-        "raises the loss, in units of dw^2",
+        help="the values that decide: fisher, mean squared gradients of the loss; or gauss-newton, which say by how "
+        "much an error dw of a weight raises the loss, in units of dw^2",
     )
     parser.add_argument(
         "--controls",
         type=whole_number(1, 1000),
         metavar="N",
-        help="judge each row by N permutations of its Fisher values, say 20; rows of 2 of these, by magnitude, uniform",
+        help="compare each row with N permutations of its Fisher values, say 20; adds rows of 2 of these, and of "
+        "choices that use no Fisher values",
     )
     return parser

@@ -33,4 +33,6 @@ def test_the_share_and_its_error(labelled):
     digits, labels = labelled
     ones, zeros = digits[labels == 1][:80], digits[labels == 0][:80]
     share, error = share_changed(ones, torch.cat([zeros[:20], ones[20:]]))
-    assert share == pytest.approx(0.25, abs=0.02) and error == pytest.approx(np.sqrt(share * (1 - share) / 80))
+    assert share == pytest.approx(0.25, abs=0.02) and error == pytest.approx(np.sqrt(0.25 * 0.75 / 80), rel=0.05)
+    none, error = share_changed(ones, ones)
+    assert none == 0 and 1 / 160 < error < 1 / 40  # of 80 without one, the share is below 3 / 80 with 95%

@@ -1,6 +1,7 @@
 """Pictures and files of the images that models make."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,6 +78,17 @@ def test_an_interrupted_folder_of_images_continues(files, command, tiny_network,
     assert not list(files.glob("*.unfinished"))
 
 
+def test_a_folder_has_no_images_of_a_longer_run_that_was_stopped(files, command, monkeypatch):
+    def stopped(path, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "replace", stopped)
+        command("a.safetensors --images 4 --steps 2 --png there")
+    command("a.safetensors --images 3 --steps 2 --png there")
+    assert len(list((files / "there").iterdir())) == 3
+
+
 def test_several_models_stand_below_real_digits(files, command, monkeypatch):
     drawn = []
     monkeypatch.setattr(grid, "png_of_strips", lambda *strips: drawn.append(strips) or b"picture")
@@ -95,13 +107,14 @@ def test_several_models_stand_below_real_digits(files, command, monkeypatch):
         ("a.safetensors full/a.safetensors", "full/a.safetensors: the images are named by their model's file"),
         ("a.safetensors b.safetensors --images 65", "--images 65: a line holds 64; give fewer, or --png DIR"),
         ("a.safetensors large.safetensors", "large.safetensors: makes 16x16 images of 3 channels, a.safetensors 32x32"),
+        ("a.safetensors short.safetensors", "short.safetensors: has other timesteps than a.safetensors"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(files, command, monkeypatch, line, said):
     (files / "full").mkdir()
     (files / "full" / "a.safetensors").write_bytes((files / "a.safetensors").read_bytes())
-    if "large" in line:
-        monkeypatch.setattr("common.study.run.read_checkpoint", lambda path, _: FakeModel(path.stem == "large"))
+    if "large" in line or "short" in line:
+        monkeypatch.setattr("common.study.run.read_checkpoint", lambda path, _: FakeModel(path.stem))
     before = sorted(files.rglob("*"))
     with pytest.raises(UserError) as refused:
         command(line)
@@ -110,10 +123,11 @@ def test_what_cannot_be_drawn_is_refused(files, command, monkeypatch, line, said
 
 
 class FakeModel:
-    """Of another shape of images, of which there is none in the tests without diffusers."""
+    """Of another shape of images, or of fewer timesteps."""
 
-    def __init__(self, large):
-        self.config = type("Config", (), {"image_shape": (3, 16, 16) if large else (1, 32, 32), "timesteps": 1000})
+    def __init__(self, name):
+        shape, timesteps = (3, 16, 16) if name == "large" else (1, 32, 32), 250 if name == "short" else 1000
+        self.config = type("Config", (), {"image_shape": shape, "timesteps": timesteps})
 
 
 def test_strips_frame_what_became_another_digit():

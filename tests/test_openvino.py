@@ -52,7 +52,7 @@ def model(network):
 
 @pytest.fixture(scope="module")
 def images():
-    return torch.rand(40, 1, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return torch.randint(0, 256, (40, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +278,7 @@ def test_a_network_of_diffusers_in_colour(tmp_path):
         "norm_num_groups": 4, "attention_head_dim": 8,
     }  # fmt: skip
     network = build(DiffusersConfig.of(unet)).eval()
-    images = torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     engine, device = OpenVINO(images, "noise", tmp_path), torch.device("cpu")
     x, t = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([5, 500, 999])
     expected = predicted(network, x, t)

@@ -49,6 +49,7 @@ ROWS = [
     row("none", None),
     row(HOSTILE, -0.02, size_mib=2.0, file_mib=2.0, formats=FORMATS | {"layer2.conv.weight": "int8"}),
 ]
+MAPS = {"output_bias.maps": "int8"}  # of a row whose integers were rounded with feedback
 
 
 class Text(HTMLParser):
@@ -95,6 +96,13 @@ def test_it_shows_the_format_of_each_tensor_that_any_row_quantizes(page):
         ("layer2.conv.weight: fp32", "cell f-fp32"),
     ]  # fmt: skip
     assert len(cells) == 6 and cells[5] == ("layer2.conv.weight: int8", "cell f-int8")
+
+
+def test_rows_whose_networks_have_further_tensors_stand_beside_others(tmp_path):
+    more = row("Uniform (INT4, feedback)", 0.1, formats=FORMATS | MAPS)
+    tags = Text(write_page(tmp_path, [[ROWS[0], more, *ROWS[1:]]], []).read_text()).tags
+    titles = [a["title"] for tag, a in tags if tag == "td" and "title" in a]
+    assert len(titles) == 9 and not any("output_bias" in title for title in titles)
 
 
 def test_groups_have_their_own_pictures(tmp_path):

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from common.ddpm.digits import to_model_range
 from common.ddpm.noise import NoiseStreams
 from common.ddpm.schedule import Schedule
 from common.engines.costs import layer_costs
@@ -45,15 +46,16 @@ class Calibration:
 
 
 def noised_images(images: torch.Tensor, schedule: Schedule, steps: int, name: str) -> Calibration:
-    """Some of `images` (N, C, H, W) in the range of the network, always the same, noised evenly to the timesteps that a
-    sampler of `steps` steps meets; `name` says which images."""
+    """Some of `images`, uint8 (N, H, W) or (N, C, H, W), always the same, noised evenly to the timesteps that a sampler
+    of `steps` steps meets; `name` says which images."""
     generator = torch.Generator().manual_seed(derive_seed(SEED, "calibration"))
     chosen = torch.randperm(len(images), generator=generator)[:IMAGES]
     met = schedule.spaced_timesteps(steps)
     t = torch.tensor([met[i * len(met) // len(chosen)] for i in range(len(chosen))])
     t = t[torch.randperm(len(t), generator=generator)]  # so that each batch has both noise and images in it
-    noise = NoiseStreams(derive_seed(SEED, "calibration"), range(len(chosen)), tuple(images.shape[1:])).draw()
-    return Calibration(schedule.add_noise(images[chosen], t, noise), t, f"{len(chosen)} of {name}, {steps} steps")
+    x0 = to_model_range(images[chosen])
+    noise = NoiseStreams(derive_seed(SEED, "calibration"), range(len(chosen)), tuple(x0.shape[1:])).draw()
+    return Calibration(schedule.add_noise(x0, t, noise), t, f"{len(chosen)} of {name}, {steps} steps")
 
 
 def integer_graph(network: nn.Module, calibration: Calibration, integers: dict[str, IntegerTensor]):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from common.ddpm.architecture import schedule_of
+from common.ddpm.digits import to_model_range
 from common.ddpm.samplers import Denoiser
 from common.ddpm.sampling import Prepare, Sampling
 from common.engines.calibration import kept_graph, noised_images
@@ -37,8 +38,8 @@ def engine_name(engine: str, precision: str, images: str) -> str:
 
 @dataclass(frozen=True)
 class OpenVINO:
-    """images (N, C, H, W), in the range of the network: what activations are calibrated on, called `name`; folder:
-    where graphs of 8 bits are kept."""
+    """images, uint8 (N, H, W) or (N, C, H, W): what activations are calibrated on, called `name`; folder: where graphs
+    of 8 bits are kept."""
 
     images: torch.Tensor
     name: str
@@ -62,7 +63,7 @@ class OpenVINO:
         "mixed" leaves the layers in bfloat16 that `most_costly` names, "mixed N" the N most costly ones.
         """
         if not is_integer(sampling.precision):
-            return convert(network, self.images[:2], torch.zeros(2, dtype=torch.long))
+            return convert(network, to_model_range(self.images[:2]), torch.zeros(2, dtype=torch.long))
         graph, costs = self._kept(network, weights, integers, sampling)
         restore_layers(graph, network, left_layers(costs, sampling.precision))
         return graph

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_save
 
+from common.ddpm.architecture import described
 from common.ddpm.pipelines import DiffusersConfig
 from common.errors import UserError, WriteError
 from common.formats.packed import Model, full_precision, tensor_shapes
@@ -165,7 +165,7 @@ def _files(model: Model, weights: bytes) -> dict[str, bytes]:
         return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
     if not isinstance(model.config, DiffusersConfig):
-        config = {"_class_name": "simplediffusion UNet", **asdict(model.config)}
+        config = {"_class_name": "simplediffusion UNet", **described(model.config)}
         return {"config.json": text(config), "model.safetensors": weights}
     from diffusers import __version__
 

@@ -46,13 +46,13 @@ _ARCHITECTURE = {
     "dropout": float,
     "timesteps": int,
 }
-_ABOUT = {"label": str, "preset": str, "digits_seen": int, "training": dict, "loss_curve": list}
+_ABOUT = {"label": str, "preset": str, "digits_seen": int, "training": dict, "loss_curve": list, "baseline": str}
 
 
 @dataclass(frozen=True)
 class Model:
     """stored: packed tensors by name, scales of integers beside them as "name:scale"; formats: that of each tensor;
-    about: label, preset, training and so on, as JSON holds it."""
+    metadata: label, preset, training and so on, as JSON holds it."""
 
     config: Architecture
     stored: dict[str, torch.Tensor]
@@ -85,7 +85,7 @@ class Model:
 
     @property
     def is_entropy_coded(self) -> bool:
-        """Whether all tensors are coded together (`common.entropy`)."""
+        """Whether all tensors are coded together (`common.formats.entropy`)."""
         return set(self.formats.values()) == {"entropy"}
 
     def network(self) -> nn.Module:

@@ -19,6 +19,8 @@ def changed_digits(before: torch.Tensor, after: torch.Tensor) -> list[int]:
 
 
 def share_changed(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float]:
-    """The share of the N images at those places, and its standard error, that of a binomial's."""
-    share = len(changed_digits(before, after)) / len(before)
-    return share, math.sqrt(share * (1 - share) / len(before))
+    """The share of the N images at those places, and its standard error: a binomial's, of one more that changed and one
+    more that did not, since none of N does not say that none ever would."""
+    changed, n = len(changed_digits(before, after)), len(before)
+    likely = (changed + 1) / (n + 2)
+    return changed / n, math.sqrt(likely * (1 - likely) / n)

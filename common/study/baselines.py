@@ -50,9 +50,11 @@ def load_checkpoint(run: Run) -> Model:
         if model.config != run.preset.network:
             raise CheckpointError(f"--checkpoint {run.checkpoint} is of another network than --model {run.model}")
         return model
-    expected = replace(run.preset.network, dropout=getattr(model.config, "dropout", 0.0))
     if isinstance(model.config, DiffusersConfig):
         raise CheckpointError(f"--checkpoint {run.checkpoint} came from a --model of diffusers; leave --preset out")
+    expected = replace(run.preset.network, dropout=model.config.dropout)
+    if not model.is_baseline:  # rounding adds maps
+        expected = replace(expected, output_bias=model.config.output_bias)
     if model.config != expected:
         raise CheckpointError(
             f"--checkpoint {run.checkpoint} has another architecture, channels {model.config.channels}, than preset "

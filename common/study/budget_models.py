@@ -138,7 +138,9 @@ def _build_by_search(
 
     def acceptable(times: float) -> bool:
         asked, limit = f"{number(times)}x", int(size / times)
-        model = maker.finetuned(asked, limit, updates) if updates else maker.untrained(asked, limit)
+        made = maker.finetuned_if_it_fits(asked, limit, updates) if updates else iter([maker.untrained(asked, limit)])
+        if (model := next(made, None)) is None:
+            return False
         difference = Figure(*evaluator.measure(model).scores.fid_unbiased.minus(reference))
         tried[times] = replace(model)  # without the unpacked weights
         return lies_below(difference, margin)
@@ -185,10 +187,14 @@ class Maker:
         """The model of at most `limit` bytes, and then, with so many `updates`, the finetuned one."""
         yield self.untrained(asked, limit)
         if updates:
-            try:
-                yield self.finetuned(asked, limit, updates)
-            except BudgetError as error:  # the other rows are not lost
-                tqdm.write(f"{asked}: the finetuned codes need {error.smallest:,} bytes, so there is no row of them")
+            yield from self.finetuned_if_it_fits(asked, limit, updates)
+
+    def finetuned_if_it_fits(self, asked: str, limit: int, updates: int) -> Iterator[Model]:
+        """`finetuned`, or a line that says that there is none, so that other rows are not lost."""
+        try:
+            yield self.finetuned(asked, limit, updates)
+        except BudgetError as error:
+            tqdm.write(f"{asked}: the finetuned codes need {error.smallest:,} bytes, so there is no row of them")
 
     def untrained(self, asked: str, limit: int) -> Model:
         """The model of at most `limit` bytes by its own values. Raises BudgetError."""

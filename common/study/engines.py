@@ -1,12 +1,12 @@
-"""What engines and precisions cost in quality and take in time: the same weights on the same noise, against torch FP32.
+"""What each engine and precision costs in quality and takes in time: same weights, same noise, against torch in FP32.
 
     python -m common engines --preset quick --images 300
     python -m common engines --preset quick --also results/quick/models/budget-10x-entropy-2e0c1df9.safetensors
 
-Rows of the baseline by OpenVINO in FP32, bf16, int8 and mixed, then of uniform INT8 and the packed models that --also
-names: by torch, in int8 and mixed. Every difference is to the baseline by torch in FP32. Below the table stand the
-times of an image and step, and what each layer costs in 8 bits by Gauss-Newton values: the costliest are those that
-mixed leaves in bf16.
+The first rows are of the baseline, run by OpenVINO in FP32, bf16, int8 and mixed. Then uniform INT8 and the packed
+models that --also names have three rows each: by torch, and by OpenVINO in int8 and mixed. Every difference is to the
+baseline by torch in FP32. Below the table stand the milliseconds per image and step, and what each layer costs in 8
+bits by Gauss-Newton values; mixed leaves the costliest layers in bf16.
 """
 
 from dataclasses import replace
@@ -29,7 +29,7 @@ def main():
         nargs="+",
         default=[],
         metavar="N",
-        help="rows of the baseline with the N costliest layers in bf16, the others in int8",
+        help="add rows of the baseline with the N costliest layers in bf16 and the others in int8",
     )
     options = parser.parse_args()
     if (options.engine, options.precision) != ("torch", "fp32"):

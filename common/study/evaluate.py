@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from common.choose.layers import layer_of, layer_weights, layers_in_order
-from common.ddpm.digits import some_of, to_model_range
+from common.ddpm.digits import some_of
 from common.ddpm.sampling import Sampling, generate, image_file, load_images, prepare_torch
 from common.engines.engine import OpenVINO, engine_name
 from common.engines.integers import decoding_note, stored_integers
@@ -105,10 +105,13 @@ def make_evaluator(run: Run) -> Evaluator:
 
 
 def with_engine(run: Run, evaluator: Evaluator, precision: str) -> Evaluator:
-    """The same evaluator, which samples by OpenVINO. Raises UserError where a package is missing."""
+    """The same evaluator, which samples by OpenVINO. Raises UserError where a package is missing, or the device is no
+    CPU."""
+    if run.device.type != "cpu":
+        raise UserError(f"--device {run.device}: OpenVINO runs on the CPU; give --device cpu")
     sampling = replace(evaluator.sampling, precision=precision, engine=engine_name("openvino", precision, run.data))
-    images = to_model_range(run.load_images("train"))
-    return replace(evaluator, sampling=sampling, engine=OpenVINO(images, run.data, run.out / "models"))
+    engine = OpenVINO(run.load_images("train"), run.data, run.out / "models")
+    return replace(evaluator, sampling=sampling, engine=engine)
 
 
 def settings_of(run: Run, evaluator: Evaluator, baseline: str | None) -> Settings:

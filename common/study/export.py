@@ -5,9 +5,10 @@
     cd exported && python sample.py        # needs numpy, pillow, and openvino or onnxruntime; makes images.png
 
 DIR gets model.xml and model.bin, or model.onnx, and sample.py, which makes the images of --sampler ddim --eta 0 --seed
-0. int8 is the graph that --engine openvino --precision int8 samples from: weights keep the codes of FILE, activations
-are calibrated on training digits. In ONNX its layers stand between QuantizeLinear and DequantizeLinear. mixed leaves
-the layers in floating point that 8 bits cost most. How far it is from what torch predicts is printed.
+0. --precision int8 exports the graph that --engine openvino --precision int8 samples from: weights keep the codes of
+FILE, activations are calibrated on training digits. In ONNX, each layer's input passes through QuantizeLinear and
+DequantizeLinear. --precision mixed leaves in floating point the layers where 8 bits cost most. The command prints how
+far the exported model's output is from torch's.
 """
 
 import tempfile
@@ -37,7 +38,7 @@ def main():
 
 def export(file: Path, target: str, out: Path, precision: str, steps: int | None, data: str | None, data_dir: Path):
     """What the command does. Raises UserError where a package or a file is missing."""
-    from common.ddpm.digits import load_digits, to_model_range
+    from common.ddpm.digits import load_digits
     from common.ddpm.sampling import Sampling
     from common.ddpm.schedule import Schedule
     from common.engines.calibration import noised_images
@@ -47,7 +48,7 @@ def export(file: Path, target: str, out: Path, precision: str, steps: int | None
     from common.engines.openvino import require_installed
     from common.runtime.device import set_up_torch
     from common.runtime.files import write_atomically
-    from common.study.run import choose_preset, read_checkpoint, require_writable
+    from common.study.run import read_checkpoint, require_writable
 
     needed = [
         "openvino",
@@ -58,7 +59,9 @@ def export(file: Path, target: str, out: Path, precision: str, steps: int | None
     model = read_checkpoint(file, "FILE")
     if not isinstance(model.config, UNetConfig):
         raise UserError(f"FILE {file}: holds a network of diffusers; python -m common unpack writes its own folder")
-    preset = PRESETS[choose_preset(None, file)[0]]
+    preset = PRESETS.get(model.metadata.get("preset"))
+    if preset is None and not (steps and data):
+        raise UserError(f"FILE {file}: does not say the preset that it is of; give --steps and --data")
     steps, timesteps = steps or preset.steps, model.config.timesteps
     if steps > timesteps:
         raise UserError(f"--steps {steps}: there are {timesteps} timesteps; give at most as many")
@@ -67,7 +70,7 @@ def export(file: Path, target: str, out: Path, precision: str, steps: int | None
     if note := decoding_note(model):
         print(f"{file} {note}")
     data = data or preset.training.data
-    images = to_model_range(load_digits(data, "train", data_dir))
+    images = load_digits(data, "train", data_dir)
     sampling = Sampling(MOST, "ddim", steps, 0.0, MOST, 0, "cpu", precision)
     out.mkdir(parents=True, exist_ok=True)
     network = model.network()
@@ -75,15 +78,19 @@ def export(file: Path, target: str, out: Path, precision: str, steps: int | None
         graph = OpenVINO(images, data, Path(folder)).graph(network, model.sha256, stored_integers(model), sampling)
     probes = noised_images(images, Schedule(timesteps), steps, data)
     x, t = probes.x[:MOST], probes.t[:MOST]
-    if target == "openvino":
-        path = save_openvino(out, graph)
-    else:
-        path = save_onnx(out, network, x, t, graph if is_integer(precision) else None)
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        if target == "openvino":
+            unfinished = save_openvino(Path(folder), graph)
+        else:
+            unfinished = save_onnx(Path(folder), network, x, t, graph if is_integer(precision) else None)
+        for made in sorted(Path(folder).iterdir()):  # model.bin before the model.xml that names it
+            made.replace(out / made.name)
+    path = out / unfinished.name
     script = sampling_script(target, timesteps, tuple(x.shape[1:]), steps, precision)
     write_atomically(out / "sample.py", script.encode())
     with torch.inference_mode():
         expected = network(x, t)
-    difference = run_exported(target, path, x, t) - expected
+    difference = run_exported(target, path, x, t, precision) - expected
     relative = float(difference.square().mean().sqrt() / expected.square().mean().sqrt())
     files = [path, *path.parent.glob("model.bin")] if target == "openvino" else [path]
     size = sum(file.stat().st_size for file in files) / 2**20
@@ -94,12 +101,14 @@ def export(file: Path, target: str, out: Path, precision: str, steps: int | None
     print(f"images.png: cd {out} && python sample.py")
 
 
-def run_exported(target: str, path: Path, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """What the exported file predicts, as its own runtime reads it."""
+def run_exported(target: str, path: Path, x: torch.Tensor, t: torch.Tensor, precision: str = "fp32") -> torch.Tensor:
+    """What the exported file predicts, as its own runtime reads it, and as the script beside it runs it."""
     if target == "openvino":
         import openvino
 
-        compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        from common.engines.openvino import HINTS
+
+        compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": HINTS[precision]})
         return torch.from_numpy(compiled([x.numpy(), t.numpy()])[0])
     import onnxruntime
 

@@ -17,6 +17,7 @@ from common.ddpm.sampling import load_images
 from common.errors import UserError
 from common.fisher import information
 from common.formats.packed import Model, load_model
+from common.options import DIGITS
 from common.runtime.files import write_atomically
 from common.runtime.sealed import CheckpointError
 from common.study.frontier import draw_fid_against_ratio, draw_fid_against_size, draw_learning_curve, draw_waterfall
@@ -81,7 +82,7 @@ def draw_samples(rows: list[Row]):
     """The first images of each model; one column, one noise. Digits that are others than the baseline's are framed."""
     there = [row for row in rows if row.image_file and Path(row.image_file).is_file()]
     originals = [i for i, row in enumerate(there) if row.weights == row.settings.baseline]
-    compared = originals[0] if originals and there[0].settings.metric.startswith("mnist ") else None
+    compared = originals[0] if originals and there[0].settings.data in DIGITS else None
     strips = [(row.label, load_images(Path(row.image_file))[:SHOWN_IMAGES]) for row in there]
     return draw_strips(strips, compared) if strips else None
 

@@ -73,7 +73,7 @@ def draw_waterfall(rows: list[Row]):
     panel for each size of file. None where fewer than three parts have one size."""
     sizes: dict[str, dict[str, Figure]] = {}
     for row in rows:
-        if row.strategy == "Budget" and row.format == "entropy" and row.fid_unbiased_difference:
+        if row.strategy == "Budget" and row.format == "entropy" and row.fid_unbiased_difference and row.draw is None:
             kind = _drawn_as(row).removeprefix("Budget, entropy").removeprefix(", ")
             sizes.setdefault(row.setting.partition(",")[0], {})[kind or "all parts"] = row.fid_unbiased_difference
     sizes = {size: parts for size, parts in sizes.items() if len(parts) > 2}
@@ -94,7 +94,7 @@ def draw_waterfall(rows: list[Row]):
                 )  # fmt: skip
         axis.set_xscale("symlog", linthresh=0.01)
         axis.set_xlim(right=40 * max(part.value for part in parts.values()))  # room for the numbers
-        axis.set(title=f"{size} smaller", yticks=range(len(names)), yticklabels=names)
+        axis.set(title=f"{size} smaller" if size.endswith("x") else size, yticks=range(len(names)), yticklabels=names)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3, axis="x")
     figure.supxlabel(FID_NAMES["fid_unbiased_difference"], fontsize=10)

@@ -2,11 +2,11 @@
 
     python -m common samples FILE --images 64 --out grid.png       # a grid of one model's images
     python -m common samples FILE FILE FILE --out strips.png       # a line for each model, each column from one noise
-    python -m common samples FILE --images 1000 --png DIR          # each image as a file of its own in DIR
+    python -m common samples FILE --images 1000 --png DIR          # one PNG in DIR for each image
 
-FILE is a packed model, such as those in results/quick/models/, or a baseline. Image i depends on (seed, i) alone, so
-the models of one network show the same noise place by place. Beside models of digits stand real ones, and a digit that
-is another one than the first file's is framed. What was interrupted continues with the next batch.
+FILE is a packed model, such as those in results/quick/models/, or a baseline. The noise of image i depends on (seed, i)
+alone, so in each column all models start from the same noise. For models of digits, a line of real digits is added, and
+a digit that differs from the first model's in its column is framed. An interrupted run continues with the next batch.
 """
 
 import io
@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 
 from common.errors import UserError
-from common.options import Parser, bounded_float, file_name, positive_int, whole_number
+from common.options import LARGEST_SEED, Parser, bounded_float, file_name, positive_int, whole_number
 
 GAP = 2  # pixels between images
 LONGEST_LINE = 64  # images of a model beside others
@@ -29,16 +29,19 @@ def main():
     )
     parser.add_argument("--out", type=file_name, metavar="FILE", help="of the picture; default: grid.png")
     parser.add_argument("--png", type=file_name, metavar="DIR", help="writes each image there, in place of the picture")
-    parser.add_argument("--sampler", choices=("ddpm", "ddim", "dpm++"), default="dpm++")
+    parser.add_argument("--sampler", choices=("ddpm", "ddim", "dpm++"), help="default: dpm++, or ddim with --eta")
     parser.add_argument("--steps", type=positive_int, metavar="N", help="default: 20; ddpm takes all")
-    parser.add_argument("--eta", type=bounded_float(0, 1, 0.5), default=1.0, help="fresh noise of ddim, 0..1")
-    parser.add_argument("--seed", type=whole_number(0, 2**64 - 1), default=0, metavar="N")
+    parser.add_argument("--eta", type=bounded_float(0, 1, 0.5), help="fresh noise of ddim, 0..1; default: 1")
+    parser.add_argument("--seed", type=whole_number(0, LARGEST_SEED), default=0, metavar="N")
     parser.add_argument("--batch-size", type=whole_number(1, 100_000), default=50, metavar="N")
     parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N; default: cuda where available, else cpu")
     options = parser.parse_args()
     if options.png and options.out:
         parser.error(f"argument --png: writes files and no picture, so --out {options.out} has no use; leave one out")
     out = options.out or Path("grid.png")
+    sampler = options.sampler or ("dpm++" if options.eta is None else "ddim")
+    if options.eta is not None and sampler != "ddim":
+        parser.error(f"argument --eta: goes with --sampler ddim, not with {sampler}; leave it out")
     if out.suffix.lower() != ".png":
         parser.error(f"argument --out: {out} does not end in .png; give a name that does")
 
@@ -48,15 +51,16 @@ def main():
 
     models, device = read_models(options.files), choose_device(options.device)
     config = models[options.files[0]].config
-    steps = options.steps or (config.timesteps if options.sampler == "ddpm" else min(20, config.timesteps))
-    if steps > config.timesteps or (options.sampler == "ddpm" and steps < config.timesteps):
+    steps = options.steps or (config.timesteps if sampler == "ddpm" else min(20, config.timesteps))
+    if steps > config.timesteps or (sampler == "ddpm" and steps < config.timesteps):
         raise UserError(f"--steps {steps}: the model has {config.timesteps} timesteps, of which ddpm takes all")
     if len(models) > 1 and not options.png and (options.images or 0) > LONGEST_LINE:
         raise UserError(f"--images {options.images}: a line holds {LONGEST_LINE}; give fewer, or --png DIR")
     require_room(options.png, out, options.files)
     set_up_torch()
+    eta = 1.0 if options.eta is None else options.eta
     sampling = Sampling(
-        options.images or (64 if len(models) == 1 else 12), options.sampler, steps, options.eta, options.batch_size,
+        options.images or (64 if len(models) == 1 else 12), sampler, steps, eta, options.batch_size,
         options.seed, device_name(device), "fp32",
     )  # fmt: skip
     unfinished = (options.png or out).with_name(f"{(options.png or out).name}.unfinished")
@@ -65,9 +69,11 @@ def main():
         for path, model in models.items()
     }
     if options.png:
+        shutil.rmtree(unfinished / "png", ignore_errors=True)  # of a run that was stopped, perhaps of more images
+        (unfinished / "png").mkdir()
         for path, images in drawn.items():
             for i, image in enumerate(images):
-                write_atomically(unfinished / "png" / f"{path.stem}-{i:05d}.png", png_of_grid([image]))
+                (unfinished / "png" / f"{path.stem}-{i:05d}.png").write_bytes(png_of_grid([image]))
         (unfinished / "png").replace(options.png)  # which is new or empty
     elif len(models) == 1:
         write_atomically(out, png_of_grid(list(drawn[options.files[0]])))
@@ -79,7 +85,7 @@ def main():
 
 
 def read_models(paths: list[Path]) -> dict:
-    """{path: model}, of one shape of images. Raises UserError."""
+    """{path: model}, of one shape of images and number of timesteps. Raises UserError."""
     from common.study.run import read_checkpoint, shape_text
 
     models = {path: read_checkpoint(path, "FILE") for path in paths}
@@ -94,6 +100,8 @@ def read_models(paths: list[Path]) -> dict:
             raise UserError(
                 f"FILE {path}: makes {shape_text(shape)}, {paths[0]} {shape_text(first)}; give models of one network"
             )
+        if models[path].config.timesteps != models[paths[0]].config.timesteps:
+            raise UserError(f"FILE {path}: has other timesteps than {paths[0]}; give models of one network")
     return models
 
 

@@ -1,10 +1,10 @@
-"""How FID falls in training: scores the weights that `simplediffusion.py --keep-every N` kept.
+"""How FID falls during training: scores the weights that `simplediffusion.py --keep-every N` kept.
 
     python simplediffusion.py --preset quick --retrain --keep-every 2000
     python -m common learning-curve --preset quick
     python -m common report --preset quick        # draws the curve, too
 
-Adds a row for each, with its difference to the baseline that the training ended with.
+Adds a row for each set of weights, with its difference to the baseline, the weights at the end of the training.
 """
 
 from common.errors import UserError

@@ -56,6 +56,7 @@ def write_page(folder: Path, groups: list[list[Row]], pictures: list[Path]) -> P
                 "cells": [
                     [Cell(text, _number(text)) for text in [row.label, *cells(row, columns, rows)]] for row in rows
                 ],
+                "foot": ". ".join([*feet_of(rows), MORE_FOOT]),
                 "lines": format_nearest(rows).splitlines(),
                 "kept": _kept(rows),
                 "pictures": [_picture(path) for path in own],
@@ -71,7 +72,6 @@ def write_page(folder: Path, groups: list[list[Row]], pictures: list[Path]) -> P
         pictures=[_picture(path) for path in pictures if _group_of(path, several) is None],
         tensors=[path.read_text() for path in sorted(folder.glob("tensors-*.txt"))],
         formats=[*FORMATS, "entropy"],
-        foot=". ".join([*feet_of(groups[0]), MORE_FOOT]),
     )
     path = folder / NAME
     write_atomically(path, page.encode())
@@ -91,7 +91,8 @@ def _number(text: str) -> float | str:
 def _kept(rows: list[Row]) -> dict | None:
     """The formats of the tensors that any row quantizes; None where no row says which."""
     said = [row for row in rows if row.formats and row.strategy != BASELINE and row.format != "entropy"]
-    names = [name for name in (said[0].formats if said else {}) if any(r.formats[name] != "fp32" for r in said)]
+    shared = [name for name in (said[0].formats if said else {}) if all(name in row.formats for row in said)]
+    names = [name for name in shared if any(row.formats[name] != "fp32" for row in said)]
     if not names:
         return None
     layers: dict[str, int] = {}

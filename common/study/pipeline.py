@@ -81,10 +81,16 @@ def uniform(run: Run, baseline: Model, rounding: str = "nearest") -> Model:
     other = {} if rounding == "nearest" else {"rounding": rounding}
     metadata = quantized_metadata(run, baseline, "Uniform", published=PUBLISHED_UNIFORM, **other)
     quantizer = fixed_rounding(run, baseline, rounding).quantize
-    model = baseline.quantize(layer_weights(baseline.state), run.fmt, metadata, quantizer)
-    maps = affordable_maps(file_bytes(model)) if rounding == "feedback" else 0
-    bias = measure_outputs(run, baseline) if maps else None
-    return bias.correct(model, maps) if bias else model
+    if rounding != "feedback":
+        return baseline.quantize(layer_weights(baseline.state), run.fmt, metadata, quantizer)
+    bias = measure_outputs(run, baseline)
+
+    def made() -> Model:
+        model = baseline.quantize(layer_weights(baseline.state), run.fmt, metadata, quantizer)
+        maps = affordable_maps(file_bytes(model)) if bias else 0
+        return bias.correct(model, maps) if maps else model
+
+    return distributed.on_first(made)  # sums on a GPU may round otherwise in each process
 
 
 def fixed_rounding(run: Run, baseline: Model, method: str) -> FixedRounding:

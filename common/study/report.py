@@ -2,7 +2,7 @@
 
 python -m common report --preset quick                # prints every row, draws figures/, and writes report.html
 python -m common report --preset quick --markdown     # prints the tables as Markdown
-python -m common report --preset quick --frontier     # draws FID and PSNR against the size of the file, nothing else
+python -m common report --preset quick --frontier     # draws only FID and PSNR against the size of the file
 python -m common report --preset quick --sensitivity  # the tables and the figure of python -m common sensitivity
 python -m common report --model DIR                   # the rows of a model of diffusers
 """
@@ -93,7 +93,7 @@ def describe(row: Row) -> str:
         + " on {device}, batch {batch_size}; "
         "errors: 1 standard error"
     ).format(
-        **asdict(row.settings),
+        **(asdict(row.settings) | {"baseline": row.settings.baseline or "-"}),
         kind=kind_of(row.settings.preset),
         real="digits" if row.settings.data in DIGITS else "images",
     )
@@ -131,9 +131,9 @@ def main():
     )
     parser.add_argument("--out", type=file_name, metavar="DIR", help="the scripts' --out; default: results/<preset>")
     parts = parser.add_mutually_exclusive_group()
-    parts.add_argument("--markdown", action="store_true", help="tables alone, as Markdown")
-    parts.add_argument("--frontier", action="store_true", help="FID and PSNR against the size of the file alone")
-    parts.add_argument("--sensitivity", action="store_true", help="what python -m common sensitivity measured alone")
+    parts.add_argument("--markdown", action="store_true", help="print only the tables, as Markdown")
+    parts.add_argument("--frontier", action="store_true", help="draw only FID and PSNR against the size of the file")
+    parts.add_argument("--sensitivity", action="store_true", help="only what python -m common sensitivity measured")
     options = parser.parse_args()
 
     from common.study.held_out import format_losses

@@ -97,11 +97,11 @@ def resolve(options: argparse.Namespace) -> Run:
     own = isinstance(preset.network, UNetConfig)
     data, images = choose_data(options.data or (preset.training.data if own else None), preset.network)
     if images is not None:
-        few, _ = (len(split_names(images, split)) for split in ("train", "test"))
+        there, _ = (len(split_names(images, split)) for split in ("train", "test"))
         preset = replace(
             preset,
-            fisher_digits=min(preset.fisher_digits, few),
-            fisher_grid_digits=min(preset.fisher_grid_digits, few),
+            fisher_digits=min(preset.fisher_digits, there),
+            fisher_grid_digits=min(preset.fisher_grid_digits, there),
         )
     few = "dpm++" if options.steps and preset.sampler == "ddpm" else preset.sampler
     implied = few if options.eta is None else "ddim"
@@ -172,8 +172,7 @@ def choose_network(asked: str | None, checkpoint: Path | None, model: Path | Non
     if asked is None and checkpoint is not None and os.path.lexists(checkpoint):
         packed = read_checkpoint(checkpoint)
         if isinstance(packed.config, DiffusersConfig):
-            name = packed.metadata.get("preset", "model")
-            return re.sub(r"[^\w.-]+", "-", name)[:60], "the checkpoint's", preset_of(packed.config)
+            return name_of(packed.metadata.get("preset", "")), "the checkpoint's", preset_of(packed.config)
     name, why = choose_preset(asked, checkpoint)
     return name, why, PRESETS[name]
 
@@ -187,8 +186,12 @@ def preset_of(network: DiffusersConfig) -> Preset:
 def model_name(folder: Path) -> str:
     """What a --model is called: its folder's name, or that of the folder above unet/."""
     path = folder.absolute().resolve()
-    path = path.parent if path.name == "unet" else path
-    name = re.sub(r"[^\w.-]+", "-", path.name)[:60].strip("-.") or "model"
+    return name_of((path.parent if path.name == "unet" else path).name)
+
+
+def name_of(text: str) -> str:
+    """The text as a name of a folder, and of no preset."""
+    name = re.sub(r"[^\w.-]+", "-", text)[:60].strip("-.") or "model"
     return f"{name}-model" if name in PRESETS else name
 
 
@@ -351,6 +354,7 @@ def cost_estimate(run: Run) -> str:
 
     sampling_seconds = seconds(forward) * run.seeds * run.sampling.images * run.sampling.steps
     text = f"cost on this device, roughly: {duration(sampling_seconds)} for the images of one row"
+    text += "" if run.sampling.engine == "torch" else " by torch, and less by OpenVINO"
     if not run.is_own:
         return text
     training_seconds = seconds(train_step) * run.training.batch_size * run.training.steps

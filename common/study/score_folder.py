@@ -3,8 +3,8 @@
     python -m common metrics DIR
 
 DIR holds png, jpg, bmp, gif or webp files of one picture each, white digits on black, 28x28 or 32x32. Colours become
-grey, 16 bits become 8. Transparent pixels are refused, since what is behind them is not known. Images that are light
-on the whole bring a warning: digits that are black on white must be inverted first.
+grey, 16 bits become 8. Transparent pixels are refused, since what is behind them is not known. Images that are mostly
+light cause a warning: digits that are black on white must be inverted first.
 
 Errors are those of drawing other generated images from the same model; the reference digits are held fixed.
 """

@@ -3,10 +3,11 @@
     python -m common sensitivity --preset quick --formats int8 int4 int2
     python -m common report --preset quick --sensitivity      # the tables again, from <out>/sensitivity.jsonl
 
-Prints, for each format, the rank correlation (Spearman) over the weights of layers 1 to 6 between the increase of the
-loss on held-out images and what might predict it; the increase by layer; and the increase of each tensor, and of all
-together, beside what Gauss-Newton values and half the Fisher values predict. Errors: of correlations by the bootstrap
-over tensors, of increases over images.
+For each format it prints three things, over the weight tensors of layers 1 to 6. First, the rank correlations
+(Spearman) of the increase of the loss on held-out images with what might predict it. Second, the increase by layer.
+Third, the increase of each tensor, and of all quantized together, beside what Gauss-Newton values and half the Fisher
+values predict. Errors of correlations come from the bootstrap over tensors, those of increases from the spread over
+images.
 """
 
 import json

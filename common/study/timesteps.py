@@ -1,8 +1,8 @@
-"""Which steps of sampling does quantization hurt? The quantized network acts in one part of them, FP32 in the others.
+"""Which steps of sampling does quantization hurt? The quantized network runs in one part of them, FP32 in the others.
 
     python -m common timesteps --preset quick --format int4
 
-Adds a row for each quarter of the timesteps: all weights of layers 1 to 6 in --format there and nowhere else.
+Adds a row for each quarter of the timesteps. In that quarter alone, all weights of layers 1 to 6 have --format.
 """
 
 from itertools import pairwise

@@ -1,11 +1,11 @@
-"""Writes a packed model as a folder of ordinary files: what from_pretrained of diffusers loads without arguments.
+"""Writes a packed model as a folder of ordinary files, which diffusers' from_pretrained loads without arguments.
 
     python -m common unpack results/my-unet/models/FILE.safetensors --out my-unet-13x
     python -m common unpack FILE --out DIR --dtype fp16
 
-A model of diffusers becomes a whole pipeline (unet/, scheduler/, model_index.json), this project's own network a
-folder with config.json and model.safetensors. The weights are those that the packed file stands for, each as a number
-of its own: the folder is as large as that of the FP32 model, or half as large with --dtype fp16, which rounds them.
+A model of diffusers becomes a whole pipeline (unet/, scheduler/, model_index.json). This project's own network becomes
+a folder with config.json and model.safetensors. The weights have the values of the packed file, but are stored as plain
+FP32 numbers, so the folder is as large as that of the FP32 model. --dtype fp16 rounds them and halves the size.
 """
 
 from common.options import Parser, file_name

@@ -2,13 +2,14 @@
 
     python -m common waterfall --preset quick --times 10 13 16
 
-At each size, with steps by Fisher information: codes to the nearest ("nearest"); those whose fewer bits pay for their
-error ("no feedback"); with feedback from column to column ("by columns"); and from row to row too ("no output bias");
-and with the output's bias taken off, which is all of layer_budget.py. Then with a trellis in addition ("trellis"), and
-all parts with steps by something else: Gauss-Newton values, mean squared weights ("magnitude"), or the same for all
-("unweighted").
---finetune N adds the whole with codes and steps that were trained for N updates.
-Each is a row, and its increase of the loss on held-out digits stands below the table.
+At each size, steps follow from Fisher information, and each row adds one part: codes rounded to the nearest
+("nearest"); codes chosen by error and bits together ("no feedback"); feedback from column to column ("by columns");
+feedback from row to row too ("no output bias"); and the output's bias subtracted, which is all of layer_budget.py.
+
+Further rows have all parts and a trellis ("trellis"), or all parts with steps by something else: Gauss-Newton values,
+mean squared weights ("magnitude"), or the same value for all tensors ("unweighted"). --finetune N adds a row with codes
+and steps that were trained for N updates, without the output's bias. The increase of the loss on held-out digits stands
+below the table.
 """
 
 from collections.abc import Iterator
@@ -55,8 +56,7 @@ def models(
             for variant, (coding, values) in parts.items():
                 model = maker.fit(limit, values, maker.metadata(asked, variant), coding)
                 yield Judged(model, digits.increase(model))
-            if updates:
-                model = maker.finetuned(asked, limit, updates)
+            for model in maker.finetuned_if_it_fits(asked, limit, updates) if updates else []:
                 yield Judged(model, digits.increase(model))
 
     return made()
@@ -72,9 +72,7 @@ def main():
         metavar="X",
         help="files X times smaller than FP32's tensors",
     )
-    parser.add_argument(
-        "--finetune", type=positive_int, metavar="N", help="also all parts, and then finetuned for N updates"
-    )
+    parser.add_argument("--finetune", type=positive_int, metavar="N", help="add rows of codes trained for N updates")
     parser.set_defaults(timestep_weighting="image")
     options = parser.parse_args()
 
