@@ -37,7 +37,7 @@ from common.study.output_bias import measure_outputs
 from common.study.rows import Figure
 from common.study.run import Run
 
-START_SHARE = 0.98  # of the file: finetuning makes codes longer, and what is too long in the end is rounded away, badly
+START_SHARE = 1.2  # of the file: of finer codes fewer are lost where the price of bits takes codes toward zero
 
 
 def budget_metadata(run: Run, baseline: Model, coding: str, size: str, variant: str | None = None, **more) -> dict:
@@ -203,9 +203,9 @@ class Maker:
     def finetuned(self, asked: str, limit: int, updates: int) -> Model:
         """The model of at most `limit` bytes after so many updates. Raises BudgetError."""
         plain = replace(self._allocator, bias=None)  # why: docs/quick.md
-        smaller = self.fit(int(START_SHARE * limit), self.values, self.metadata(asked), plain)
+        larger = self.fit(int(START_SHARE * limit), self.values, self.metadata(asked), plain)
         metadata = self.metadata(asked, "finetuned", updates=updates)
-        return finetuned(self.run, self.baseline, smaller, metadata, limit, updates)
+        return finetuned(self.run, self.baseline, larger, metadata, limit, updates)
 
     def permuted(self, asked: str, limit: int, draws: int) -> Iterator[Model]:
         """The models of at most `limit` bytes by Fisher values that were permuted among tensors of like size. Feedback
