@@ -196,7 +196,7 @@ def _add_sampling(group) -> None:
         "--seeds",
         type=whole_number(1, 1000),
         metavar="N",
-        help="draw the --images N times, with consecutive seeds; a row has the mean over the draws",
+        help="draw the images N times, with consecutive seeds; a row has the mean over the draws",
     )
     group.add_argument("--sampler", choices=("ddpm", "ddim", "dpm++"), help="default: the preset's")
     group.add_argument(

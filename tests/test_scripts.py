@@ -481,11 +481,12 @@ def test_seeds_are_pooled(call, trained, monkeypatch):
     assert (pooled["label"], pooled["images"], pooled["seed"]) == ("Uniform (INT4)", 260, 0)
     assert real["label"] == "Real test digits (260)" and "fid_unbiased" in real
     assert pooled["image_file"] == apart[0]["image_file"] and baseline["seeds"] == 2
-    for key in (key for key in FIGURES if key != "psnr"):
+    for key in (key for key in FIGURES if key not in ("psnr", "changed")):
         assert pooled[key] == pytest.approx((apart[0][key] + apart[1][key]) / 2, rel=1e-9)
         # Draws of their own: the variance of their mean is that of each, summed, over 2^2.
         alone = np.hypot(*(row[f"{key}_error"] for row in apart.values())) / 2
         assert pooled[f"{key}_error"] == pytest.approx(alone, rel=0.01)
+    assert pooled["changed"] == pytest.approx((apart[0]["changed"] + apart[1]["changed"]) / 2)
     squared = [255**2 / 10 ** (row["psnr"] / 10) for row in apart.values()]
     assert pooled["psnr"] == pytest.approx(10 * np.log10(255**2 / np.mean(squared)), rel=1e-9)
 
