@@ -56,7 +56,7 @@ def main():
         raise UserError(f"--steps {steps}: the model has {config.timesteps} timesteps, of which ddpm takes all")
     if len(models) > 1 and not options.png and (options.images or 0) > LONGEST_LINE:
         raise UserError(f"--images {options.images}: a line holds {LONGEST_LINE}; give fewer, or --png DIR")
-    require_room(options.png, out, options.files)
+    require_room(options.png, out)
     set_up_torch()
     eta = 1.0 if options.eta is None else options.eta
     sampling = Sampling(
@@ -105,7 +105,7 @@ def read_models(paths: list[Path]) -> dict:
     return models
 
 
-def require_room(folder: Path | None, picture: Path, read: list[Path]) -> None:
+def require_room(folder: Path | None, picture: Path) -> None:
     """Raises UserError where the images cannot be written, or would mix with others."""
     from common.study.run import require_writable, require_writable_file
 
