@@ -39,26 +39,21 @@ def main():
     if options.png and options.out:
         parser.error(f"argument --png: writes files and no picture, so --out {options.out} has no use; leave one out")
     out = options.out or Path("grid.png")
-    sampler = options.sampler or ("dpm++" if options.eta is None else "ddim")
-    if options.eta is not None and sampler != "ddim":
-        parser.error(f"argument --eta: goes with --sampler ddim, not with {sampler}; leave it out")
     if out.suffix.lower() != ".png":
         parser.error(f"argument --out: {out} does not end in .png; give a name that does")
 
     from common.ddpm.sampling import Sampling, generate
     from common.runtime.device import choose_device, device_name, set_up_torch
     from common.runtime.files import write_atomically
+    from common.study.run import choose_method, preset_of
 
     models, device = read_models(options.files), choose_device(options.device)
-    config = models[options.files[0]].config
-    steps = options.steps or (config.timesteps if sampler == "ddpm" else min(20, config.timesteps))
-    if steps > config.timesteps or (sampler == "ddpm" and steps < config.timesteps):
-        raise UserError(f"--steps {steps}: the model has {config.timesteps} timesteps, of which ddpm takes all")
+    usual = preset_of(models[options.files[0]].config)
+    sampler, steps, eta = choose_method(options.sampler, options.steps, options.eta, usual)
     if len(models) > 1 and not options.png and (options.images or 0) > LONGEST_LINE:
         raise UserError(f"--images {options.images}: a line holds {LONGEST_LINE}; give fewer, or --png DIR")
     require_room(options.png, out)
     set_up_torch()
-    eta = 1.0 if options.eta is None else options.eta
     sampling = Sampling(
         options.images or (64 if len(models) == 1 else 12), sampler, steps, eta, options.batch_size,
         options.seed, device_name(device), "fp32",

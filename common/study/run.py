@@ -103,17 +103,7 @@ def resolve(options: argparse.Namespace) -> Run:
             fisher_digits=min(preset.fisher_digits, there),
             fisher_grid_digits=min(preset.fisher_grid_digits, there),
         )
-    few = "dpm++" if options.steps and preset.sampler == "ddpm" else preset.sampler
-    implied = few if options.eta is None else "ddim"
-    sampler = options.sampler or implied
-    timesteps = preset.network.timesteps
-    steps = options.steps or (timesteps if sampler == "ddpm" else preset.steps)
-    if sampler == "ddpm" and steps != timesteps:
-        raise UserError(f"--steps {steps}: --sampler ddpm takes all {timesteps} steps; use --sampler dpm++ for fewer")
-    if steps > timesteps:
-        raise UserError(f"--steps {steps}: there are {timesteps} timesteps; give at most as many")
-    if sampler != "ddim" and options.eta is not None:
-        raise UserError(f"--eta {options.eta:g}: goes with --sampler ddim only")
+    sampler, steps, eta = choose_method(options.sampler, options.steps, options.eta, preset)
     if options.inception_weights is not None and options.metric != "inception":
         raise UserError(f"--inception-weights {options.inception_weights}: goes with --metric inception only")
     if options.metric == "mnist" and images is not None:
@@ -128,7 +118,7 @@ def resolve(options: argparse.Namespace) -> Run:
         images=options.images or preset.images,
         sampler=sampler,
         steps=steps,
-        eta=1.0 if sampler != "ddim" else preset.eta if options.eta is None else options.eta,
+        eta=eta,
         batch_size=options.batch_size or (250 if device.type == "cuda" else 50),
         seed=options.seed,
         device=device_name(device),
@@ -162,6 +152,23 @@ def resolve(options: argparse.Namespace) -> Run:
     )
 
 
+def choose_method(sampler: str | None, steps: int | None, eta: float | None, preset: Preset) -> tuple[str, int, float]:
+    """(sampler, steps, eta) of --sampler, --steps and --eta; what is not given is as the others imply, or the preset's.
+    Raises UserError."""
+    few = "dpm++" if steps and preset.sampler == "ddpm" else preset.sampler
+    implied = few if eta is None else "ddim"
+    sampler = sampler or implied
+    timesteps = preset.network.timesteps
+    steps = steps or (timesteps if sampler == "ddpm" else preset.steps)
+    if sampler == "ddpm" and steps != timesteps:
+        raise UserError(f"--steps {steps}: --sampler ddpm takes all {timesteps} steps; use --sampler dpm++ for fewer")
+    if steps > timesteps:
+        raise UserError(f"--steps {steps}: there are {timesteps} timesteps; give at most as many")
+    if sampler != "ddim" and eta is not None:
+        raise UserError(f"--eta {eta:g}: goes with --sampler ddim only")
+    return sampler, steps, 1.0 if sampler != "ddim" else preset.eta if eta is None else eta
+
+
 def choose_network(asked: str | None, checkpoint: Path | None, model: Path | None) -> tuple[str, str, Preset]:
     """The preset's name, why it is that, and the preset; of a --model, or a checkpoint of one, its own name and the
     settings of the quick preset. Raises UserError."""
@@ -177,9 +184,9 @@ def choose_network(asked: str | None, checkpoint: Path | None, model: Path | Non
     return name, why, PRESETS[name]
 
 
-def preset_of(network: DiffusersConfig) -> Preset:
-    """What is sampled and measured by default of a network of diffusers. Its training has a part in finetuning alone:
-    the seed."""
+def preset_of(network: Architecture) -> Preset:
+    """What is sampled and measured by default of a network, of diffusers say, that is of no preset. Its training has a
+    part in finetuning alone: the seed."""
     return replace(PRESETS["quick"], network=network, steps=min(PRESETS["quick"].steps, network.timesteps))
 
 
