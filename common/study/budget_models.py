@@ -138,8 +138,11 @@ def _build_by_search(
 
     def acceptable(times: float) -> bool:
         asked, limit = f"{number(times)}x", int(size / times)
-        made = maker.finetuned_if_it_fits(asked, limit, updates) if updates else iter([maker.untrained(asked, limit)])
-        if (model := next(made, None)) is None:
+        if updates:
+            model = next(maker.finetuned_if_it_fits(asked, limit, updates), None)
+        else:
+            model = maker.untrained(asked, limit)
+        if model is None:
             return False
         difference = Figure(*evaluator.measure(model).scores.fid_unbiased.minus(reference))
         tried[times] = replace(model)  # without the unpacked weights

@@ -80,15 +80,15 @@ def uniform(run: Run, baseline: Model, rounding: str = "nearest") -> Model:
     """Every weight of layers 1 to 6 in --format, its integers chosen by one of `presets.ROUNDINGS`."""
     other = {} if rounding == "nearest" else {"rounding": rounding}
     metadata = quantized_metadata(run, baseline, "Uniform", published=PUBLISHED_UNIFORM, **other)
-    quantizer = fixed_rounding(run, baseline, rounding).quantize
+    weights, quantizer = layer_weights(baseline.state), fixed_rounding(run, baseline, rounding).quantize
     if rounding != "feedback":
-        return baseline.quantize(layer_weights(baseline.state), run.fmt, metadata, quantizer)
-    bias = measure_outputs(run, baseline)
+        return baseline.quantize(weights, run.fmt, metadata, quantizer)
+    maps = affordable_maps(file_bytes(baseline.quantize(weights, run.fmt, metadata)))  # however it is rounded
+    bias = measure_outputs(run, baseline) if maps else None
 
     def made() -> Model:
-        model = baseline.quantize(layer_weights(baseline.state), run.fmt, metadata, quantizer)
-        maps = affordable_maps(file_bytes(model)) if bias else 0
-        return bias.correct(model, maps) if maps else model
+        model = baseline.quantize(weights, run.fmt, metadata, quantizer)
+        return bias.correct(model, maps) if bias else model
 
     return distributed.on_first(made)  # sums on a GPU may round otherwise in each process
 
