@@ -11,7 +11,8 @@ from common.ddpm.schedule import Schedule
 from common.runtime import sealed
 from common.training import finetune as finetuning
 from common.training import price, quantized
-from common.training.finetune import BATCH, finetune, sampler_of_digits
+from common.training.finetune import finetune
+from common.training.finetune_inputs import sampler_of_digits
 
 
 class Scale(nn.Module):
@@ -159,7 +160,7 @@ def test_the_key_differs_with_all_that_the_result_depends_on(monkeypatch):
     }  # fmt: skip
     keys = [finetuning.state_key(**settings), *(finetuning.state_key(**settings | {k: v}) for k, v in others.items())]
     constants = [(finetuning, name) for name in ("METHOD_VERSION", "BATCH", "RATE", "STEP_RATE", "WARMUP")]
-    constants += [(finetuning, name) for name in ("CYCLE", "REFRESH", "RECOUNT", "SPARE")]
+    constants += [(finetuning, name) for name in ("CYCLE", "REFRESH", "RECOUNT", "SPARE", "STATES_SHARE")]
     constants += [
         (price, "ABSENT"),
         (price, "PROPORTIONAL"),
@@ -230,15 +231,3 @@ def test_a_state_that_is_this_finetunings_is_taken(tmp_path, capsys):
 def test_the_rate_rises_to_its_peak_and_falls_to_zero():
     factors = [finetuning.rate_factor(i, 100) for i in range(100)]
     assert factors[0] < 0.21 and max(factors) == factors[4] > 0.95 and factors[-1] < 1e-3
-
-
-def test_draws_follow_from_the_seed_and_timesteps_from_their_weight_in_the_image():
-    digits, schedule = torch.randn(500, 1, 32, 32), Schedule()
-    draw, again, other = (sampler_of_digits(digits, schedule, seed) for seed in (0, 0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(draw(3), again(3), strict=True))
-    assert not torch.equal(draw(3)[0], other(3)[0]) and not torch.equal(draw(3)[0], draw(4)[0])
-    timesteps = torch.cat([draw(i)[1] for i in range(100)])
-    assert len(timesteps) == 100 * BATCH
-    weights = torch.tensor(schedule.image_weights(list(range(1000))))
-    expected = float((weights * torch.arange(1000)).sum() / weights.sum())
-    assert abs(timesteps.double().mean() - expected) < 3

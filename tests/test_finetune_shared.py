@@ -10,7 +10,8 @@ from tiny_runs import PROCESSES
 
 from common.ddpm.schedule import Schedule
 from common.runtime import distributed, sealed
-from common.training.finetune import finetune, sampler_of_digits
+from common.training.finetune import finetune
+from common.training.finetune_inputs import sampler_of_digits
 
 CPU = torch.device("cpu")
 

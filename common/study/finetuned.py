@@ -16,7 +16,8 @@ from common.runtime.files import remove
 from common.study.codings import coded_model
 from common.study.diffusion_fisher import training_digits
 from common.study.run import Run, training_precision
-from common.training.finetune import finetune, sampler_of_digits, state_key
+from common.training.finetune import finetune, state_key
+from common.training.finetune_inputs import sample_states, sampler_of_digits, with_states
 
 
 def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: int, updates: int) -> Model:
@@ -39,8 +40,10 @@ def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: in
         def size(weights, steps) -> int:
             return stored_bytes(rounding.encode(weights, steps, price=0.0))
 
-        draw = sampler_of_digits(training_digits(run), schedule_of(baseline.config, run.device), seed)
         network = baseline.network().to(run.device, memory_format=torch.channels_last)
+        digits, schedule = training_digits(run), schedule_of(baseline.config, run.device)
+        states = sample_states(network, schedule, digits.shape[1:], updates, seed, precision)
+        draw = with_states(sampler_of_digits(digits, schedule, seed), *states, schedule, seed)
         weights, steps = finetune(network, model.state, steps, draw, size, limit, updates, precision, state_path)
         stored = distributed.on_first(lambda: allocation.requantize_to_size(weights, steps, stored_bytes, limit))
         kept = coded_model(baseline, stored, metadata)

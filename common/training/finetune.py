@@ -17,21 +17,18 @@ from torch import nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from common.ddpm.schedule import Schedule
 from common.formats.packed import MIB
 from common.runtime import distributed
-from common.runtime.device import autocast, derive_seed
+from common.runtime.device import autocast
 from common.training import price, quantized
+from common.training.finetune_inputs import BATCH, CYCLE, STATES_SHARE
 from common.training.finetune_state import REFRESH, load_state, read_state, save_state
-from common.training.loop import SAVE_SECONDS, stratified
+from common.training.loop import SAVE_SECONDS
 from common.training.price import SizeControl
 from common.training.quantized import Quantized, start_from
 
-METHOD_VERSION = 2  # grows whenever `finetune` or `sampler_of_digits` comes to give other weights
-BATCH = 64
-CYCLE = 256  # updates after which the same inputs come again, so that the network's own outputs are known
-KEPT_BYTES = 2**28  # of these outputs, at most
-CPU = torch.device("cpu")
+METHOD_VERSION = 3  # grows whenever `finetune`, or what draws its inputs, comes to give other weights
+KEPT_BYTES = 2**28  # of the network's own outputs, at most
 RATE, STEP_RATE = 0.004, 0.0005  # of Adam: of latent weights, in steps; of the logarithms of steps
 WARMUP = 0.05  # of the updates: Adam's first ones are all of full length
 RECOUNT = 10  # of these, from one file that is made to the next
@@ -45,7 +42,8 @@ def state_key(network: str, weights: str, steps: dict[str, float], data: str, se
     limit and updates.
     """
     method = [METHOD_VERSION, BATCH, RATE, STEP_RATE, WARMUP, CYCLE, quantized.INSIDE, REFRESH, RECOUNT, SPARE]
-    method += [price.ABSENT, price.PROPORTIONAL, price.INTEGRAL, price.FARTHEST, price.MEMORY, torch.__version__]
+    method += [price.ABSENT, price.PROPORTIONAL, price.INTEGRAL, price.FARTHEST, price.MEMORY, STATES_SHARE]
+    method += [torch.__version__]
     of = [network, weights, sorted(steps.items()), data, seed, precision, sorted(more.items()), *method]
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()
 
@@ -134,17 +132,3 @@ def finetune(
 def rate_factor(update: int, updates: int) -> float:
     """Half a cosine down to zero, times a linear warm-up."""
     return min(1, (update + 1) / (WARMUP * updates)) * 0.5 * (1 + math.cos(math.pi * update / updates))
-
-
-def sampler_of_digits(digits: torch.Tensor, schedule: Schedule, seed: int) -> Callable[[int], tuple]:
-    """draw(i) for `finetune`, from digits (M, ...) in [-1, 1]: noised, timesteps as dense as they weigh in the finished
-    image."""
-
-    def draw(i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        generator = torch.Generator().manual_seed(derive_seed(seed, "finetune", i))
-        chosen = torch.randint(len(digits), (BATCH,), generator=generator)
-        t = schedule.timesteps_at(stratified(BATCH, CPU, generator)).to(digits.device)
-        noise = torch.randn(BATCH, *digits.shape[1:], generator=generator).to(digits.device)
-        return schedule.add_noise(digits[chosen], t, noise), t
-
-    return draw
