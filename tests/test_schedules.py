@@ -139,3 +139,5 @@ def test_an_error_weighs_as_it_moves_the_predicted_image():
             change = schedule.predict_x0(x, output + error, t) - schedule.predict_x0(x, output, t)
             assert change.square().mean() / error.square().mean() == pytest.approx(moved[i], rel=1e-3)
         assert schedule.image_weights([10, 500]) == pytest.approx((moved * abar**2).tolist())
+        share = 7 / (7 + (1 - abar) / abar)  # of images of variance 7, by Wiener's filter
+        assert schedule.image_weights([10, 500], 7.0) == pytest.approx((moved * share**2).tolist())

@@ -27,7 +27,7 @@ class Schedule:
         self.betas = np.linspace(1e-4, 0.02, timesteps) if betas is None else betas
         self.alphas_cumprod = np.cumprod(1 - self.betas)
         self._abar = torch.from_numpy(self.alphas_cumprod).to(device)
-        self._quantiles: dict[float, torch.Tensor] = {}
+        self._quantiles: dict[tuple[float, float], torch.Tensor] = {}
 
     def add_noise(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, eq. 4); x0, noise (N, ...), t (N,)."""
@@ -111,27 +111,31 @@ class Schedule:
         with np.errstate(divide="ignore"):  # minus infinity where a timestep holds noise alone, as it should be
             return 0.5 * np.log(self.alphas_cumprod[t] / (1 - self.alphas_cumprod[t]))
 
-    def image_weights(self, timesteps: list[int]) -> list[float]:
+    def image_weights(self, timesteps: list[int], variance: float = 1.0) -> list[float]:
         """How much a squared error of the network's output at each timestep weighs in the finished image.
 
-        abar (1 - abar) of predicted noise: an error e moves the predicted x_0 by s e, with s^2 = (1 - abar) / abar, and
-        of that the later steps keep the share of the signal in x_t, 1 / (1 + s^2) = abar in amplitude; s^2 abar^2 is
-        the weight. Of a predicted v, s^2 is 1 - abar, and of a predicted x_0 it is 1.
+        With s^2 = (1 - abar) / abar, an error e of predicted noise moves the predicted x_0 by s e. Of that the later
+        steps keep the share v / (v + s^2), where images have the `variance` v in its direction: the less, the more
+        noise hides it (Wiener's filter). The weight is the square of both; abar (1 - abar) for the variance 1. An
+        error of a predicted v moves x_0 by (1 - abar)^(1/2) e, and one of a predicted x_0 by e.
         """
         abar = self.alphas_cumprod[timesteps]
-        moved = {"epsilon": 1 - abar, "v_prediction": abar * (1 - abar), "sample": abar}[self.prediction]
-        return (abar * moved).tolist()
+        moved = {"epsilon": 1 - abar, "v_prediction": abar * (1 - abar), "sample": abar}[self.prediction]  # abar s^2 ..
+        kept = variance / (variance * abar + 1 - abar)  # .. and the share by abar, since abar may be zero
+        return (abar * moved * kept**2).tolist()
 
-    def timesteps_at(self, places: torch.Tensor, image_share: float = 1.0) -> torch.Tensor:
+    def timesteps_at(self, places: torch.Tensor, image_share: float = 1.0, variance: float = 1.0) -> torch.Tensor:
         """Quantiles of the timesteps, (N,) int64, at `places` (N,) of 0..1.
 
-        A share `image_share` of the timesteps lies as densely as `image_weights`, the rest evenly over 0..T-1.
+        A share `image_share` of the timesteps lies as densely as `image_weights` of the `variance`, the rest evenly
+        over 0..T-1.
         """
-        if image_share not in self._quantiles:
-            weights = np.array(self.image_weights(list(range(self.timesteps))))
+        key = image_share, variance
+        if key not in self._quantiles:
+            weights = np.array(self.image_weights(list(range(self.timesteps)), variance))
             density = image_share * weights / weights.sum() + (1 - image_share) / self.timesteps
-            self._quantiles[image_share] = torch.from_numpy(np.cumsum(density)).to(self._abar.device)
-        return torch.searchsorted(self._quantiles[image_share].to(places.device), places.double()).clamp_(
+            self._quantiles[key] = torch.from_numpy(np.cumsum(density)).to(self._abar.device)
+        return torch.searchsorted(self._quantiles[key].to(places.device), places.double()).clamp_(
             max=self.timesteps - 1
         )
 

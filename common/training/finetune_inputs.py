@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from common.ddpm.digits import typical_variance
 from common.ddpm.noise import NoiseStreams
 from common.ddpm.samplers import sample
 from common.ddpm.schedule import Schedule
@@ -31,11 +32,12 @@ Draw = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 def sampler_of_digits(digits: torch.Tensor, schedule: Schedule, seed: int) -> Draw:
     """draw(i) for `finetune`, from digits (M, ...) in [-1, 1]: noised, timesteps as dense as they weigh in the finished
     image."""
+    variance = typical_variance(digits)
 
     def draw(i: int) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(derive_seed(seed, "finetune", i))
         chosen = torch.randint(len(digits), (BATCH,), generator=generator)
-        t = schedule.timesteps_at(stratified(BATCH, CPU, generator)).to(digits.device)
+        t = schedule.timesteps_at(stratified(BATCH, CPU, generator), variance=variance).to(digits.device)
         noise = torch.randn(BATCH, *digits.shape[1:], generator=generator).to(digits.device)
         return schedule.add_noise(digits[chosen], t, noise), t
 
@@ -66,19 +68,17 @@ def sample_states(
     return timesteps, torch.stack([torch.cat(parts) for parts in met])
 
 
-def with_states(draw: Draw, timesteps: torch.Tensor, states: torch.Tensor, schedule: Schedule, seed: int) -> Draw:
-    """`draw`, but a share `STATES_SHARE` of its inputs are `states` (S, N, C, H, W) at `timesteps` (S,), each timestep
-    the nearest to one that `draw` might have drawn."""
+def with_states(draw: Draw, timesteps: torch.Tensor, states: torch.Tensor, seed: int) -> Draw:
+    """`draw`, but a share `STATES_SHARE` of its inputs are `states` (S, N, C, H, W) at those of `timesteps` (S,) that
+    are nearest to the drawn ones."""
     count = round(STATES_SHARE * BATCH)
 
     def mixed(i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        x, t = draw(i)
+        x, t = (of_all.clone() for of_all in draw(i))
         generator = torch.Generator().manual_seed(derive_seed(seed, "states", i))
-        wanted = schedule.timesteps_at(stratified(count, CPU, generator)).to(timesteps.device)
-        nearest = (timesteps - wanted[:, None]).abs().argmin(1)
-        image = torch.randint(states.shape[1], (count,), generator=generator).to(states.device)
         replaced = torch.randperm(len(x), generator=generator)[:count].to(x.device)
-        x, t = x.clone(), t.clone()
+        image = torch.randint(states.shape[1], (count,), generator=generator).to(x.device)
+        nearest = (timesteps - t[replaced, None]).abs().argmin(1)
         x[replaced], t[replaced] = states[nearest, image], timesteps[nearest]
         return x, t
 
