@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.ddpm.architecture import schedule_of
+from common.ddpm.digits import typical_variance
 from common.ddpm.schedule import Schedule, denoising_loss
 from common.ddpm.unet import UNet
 from common.errors import UserError
@@ -439,6 +441,18 @@ def test_fisher_table_is_measured_once_and_reused(run_and_model, monkeypatch):
     again = diffusion_fisher.fisher_table(run, model)
     assert torch.equal(again.values, table.values) and torch.equal(again.errors, table.errors)
     assert again.settings == table.settings
+
+
+def test_timesteps_of_a_kept_fisher_table_weigh_as_those_of_a_new_one(run_and_model):
+    """Also of a file that was written when they weighed otherwise."""
+    run, model = run_and_model
+    table = diffusion_fisher.fisher_table(run, model)
+    (path,) = run.out.glob("fisher-*.safetensors")
+    information.save(path, replace(table, image_weights=[1.0] * len(table.image_weights)))
+    assert diffusion_fisher.fisher_table(run, model).image_weights == table.image_weights
+    variance = typical_variance(run.load_images("train"))
+    assert variance > 2
+    assert table.image_weights == schedule_of(model.config, "cpu").image_weights(table.timesteps[1:], variance)
 
 
 def test_fisher_table_that_is_missing_is_measured_to_the_same_values(run_and_model):
