@@ -45,7 +45,7 @@ def main():
         "--finetune",
         type=positive_int,
         metavar="N",
-        help="add rows whose codes were trained for N updates of 64 digits each; use some hundreds or more",
+        help="add rows whose codes were trained for N updates of 64 inputs each; use some hundreds or more",
     )
     parser.set_defaults(timestep_weighting="image")
     options = parser.parse_args()
