@@ -272,6 +272,20 @@ def test_a_finetuned_row_keeps_to_the_size_of_its_own(script):
     assert load_model(trained["file"]).sha256 == trained["weights"] != plain["weights"]
 
 
+def test_finetuning_starts_from_a_larger_file_where_its_updates_can_shrink_that(script, monkeypatch):
+    started = []
+
+    def take(run, baseline, model, metadata, limit, updates):
+        started.append((updates, file_bytes(model) / limit))
+        raise BudgetError(limit + 1)
+
+    monkeypatch.setattr(budget_models, "finetuned", take)
+    for updates in (599, 600):
+        script("--times", "9", "--finetune", str(updates))
+    (_, few), (_, many) = started
+    assert 0.9 < few < 1 < many <= 1.21
+
+
 def test_finetuned_codes_that_do_not_fit_cost_no_other_row(script, monkeypatch, capfd):
     def too_large(*_):
         raise BudgetError(12_345)

@@ -37,7 +37,9 @@ from common.study.output_bias import measure_outputs
 from common.study.rows import Figure
 from common.study.run import Run
 
-START_SHARE = 1.2  # of the file: of finer codes fewer are lost where the price of bits takes codes toward zero
+# What finetuning starts from, in shares of the file. Of finer codes fewer are lost where the price of bits takes codes
+# toward zero; but few updates cannot shrink a file without harm (docs/your-own-model.md).
+START_SHARE, START_SHARE_OF_FEW, FEW = 1.2, 0.98, 600
 
 
 def budget_metadata(run: Run, baseline: Model, coding: str, size: str, variant: str | None = None, **more) -> dict:
@@ -206,9 +208,10 @@ class Maker:
     def finetuned(self, asked: str, limit: int, updates: int) -> Model:
         """The model of at most `limit` bytes after so many updates. Raises BudgetError."""
         plain = replace(self._allocator, bias=None)  # why: docs/quick.md
-        larger = self.fit(int(START_SHARE * limit), self.values, self.metadata(asked), plain)
+        share = START_SHARE_OF_FEW if updates < FEW else START_SHARE
+        start = self.fit(int(share * limit), self.values, self.metadata(asked), plain)
         metadata = self.metadata(asked, "finetuned", updates=updates)
-        return finetuned(self.run, self.baseline, larger, metadata, limit, updates)
+        return finetuned(self.run, self.baseline, start, metadata, limit, updates)
 
     def permuted(self, asked: str, limit: int, draws: int) -> Iterator[Model]:
         """The models of at most `limit` bytes by Fisher values that were permuted among tensors of like size. Feedback
