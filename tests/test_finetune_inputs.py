@@ -12,12 +12,13 @@ from common.training.finetune_inputs import BATCH, STEPS, sample_states, sampler
 
 def test_draws_follow_from_the_seed_and_timesteps_from_their_weight_in_the_image():
     digits, schedule = torch.randn(500, 1, 32, 32), Schedule()
-    draw, again, other = (sampler_of_digits(digits, schedule, seed) for seed in (0, 0, 1))
+    variance = typical_variance(digits)
+    draw, again, other = (sampler_of_digits(digits, schedule, seed, variance) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(draw(3), again(3), strict=True))
     assert not torch.equal(draw(3)[0], other(3)[0]) and not torch.equal(draw(3)[0], draw(4)[0])
     timesteps = torch.cat([draw(i)[1] for i in range(100)])
     assert len(timesteps) == 100 * BATCH
-    weights = torch.tensor(schedule.image_weights(list(range(1000)), typical_variance(digits)))
+    weights = torch.tensor(schedule.image_weights(list(range(1000)), variance))
     expected = float((weights * torch.arange(1000)).sum() / weights.sum())
     assert abs(timesteps.double().mean() - expected) < 3
 

@@ -8,7 +8,7 @@ import torch
 
 from common.choose.feedback import Feedback, measure_feedback
 from common.ddpm.architecture import schedule_of
-from common.ddpm.digits import to_model_range, typical_variance
+from common.ddpm.digits import to_model_range
 from common.ddpm.noise import NoiseStreams
 from common.ddpm.schedule import Schedule, denoising_loss
 from common.fisher import information
@@ -85,10 +85,10 @@ def _table(
     weights = model.sha256
     path = run.out / f"{kind}-{weights[:12]}.safetensors"
     kept = distributed.on_first(lambda: _kept_table(path, model, settings, kind))
-    digits = run.load_images("train")
-    image_weights = schedule.image_weights(grid, typical_variance(digits))
+    image_weights = schedule.image_weights(grid, run.image_variance)
     if kept is not None:
         return replace(kept, image_weights=image_weights)
+    digits = run.load_images("train")
     counts = {1: preset.fisher_digits} | dict.fromkeys(grid, preset.fisher_grid_digits)
     batches = {t: prepare(noised(run, digits, [t] * count), t) for t, count in counts.items()}
     network = model.network().to(run.device)
@@ -118,10 +118,10 @@ def rounding_feedback(run: Run, model: Model) -> dict[str, Feedback]:
     """What rounding by feedback needs to know of the baseline's weights, from real digits: blocks of the Gauss-Newton
     matrix of the predicted noise. Timesteps lie as densely as they weigh in the finished image.
     """
-    schedule, n, digits = schedule_of(model.config, run.device), run.preset.fisher_digits, run.load_images("train")
-    timesteps = schedule.timesteps_at((torch.arange(n) + 0.5) / n, variance=typical_variance(digits))
+    schedule, n = schedule_of(model.config, run.device), run.preset.fisher_digits
+    timesteps = schedule.timesteps_at((torch.arange(n) + 0.5) / n, variance=run.image_variance)
     network = model.network().to(run.device)
-    samples = noised(run, digits, timesteps.tolist())
+    samples = noised(run, run.load_images("train"), timesteps.tolist())
     signs = random_signs(samples[-1].shape, derive_seed(FISHER_SEED, "signs of feedback")).to(run.device)
     return measure_feedback(network, _signed_noise(schedule), (*samples, signs))
 

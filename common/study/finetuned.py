@@ -43,7 +43,7 @@ def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: in
         network = baseline.network().to(run.device, memory_format=torch.channels_last)
         digits, schedule = training_digits(run), schedule_of(baseline.config, run.device)
         states = sample_states(network, schedule, digits.shape[1:], updates, seed, precision)
-        draw = with_states(sampler_of_digits(digits, schedule, seed), *states, seed)
+        draw = with_states(sampler_of_digits(digits, schedule, seed, run.image_variance), *states, seed)
         weights, steps = finetune(network, model.state, steps, draw, size, limit, updates, precision, state_path)
         stored = distributed.on_first(lambda: allocation.requantize_to_size(weights, steps, stored_bytes, limit))
         kept = coded_model(baseline, stored, metadata)

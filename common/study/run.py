@@ -9,13 +9,14 @@ import shutil
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from common.choose.layers import layer_weights, layers_in_order
 from common.ddpm.architecture import Architecture, build
-from common.ddpm.digits import load_digits
+from common.ddpm.digits import load_digits, typical_variance
 from common.ddpm.folder import describe_folder, load_folder, split_names
 from common.ddpm.pipelines import DiffusersConfig
 from common.ddpm.sampling import Sampling
@@ -85,6 +86,11 @@ class Run:
         if self.images is None:
             return load_digits(self.data, split, self.data_dir)
         return load_folder(self.images, split, self.preset.network.image_shape)
+
+    @cached_property
+    def image_variance(self) -> float:
+        """`typical_variance` of the images to train on."""
+        return typical_variance(self.load_images("train"))
 
 
 def resolve(options: argparse.Namespace) -> Run:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common.ddpm.digits import typical_variance
 from common.ddpm.noise import NoiseStreams
 from common.ddpm.samplers import sample
 from common.ddpm.schedule import Schedule
@@ -29,10 +28,9 @@ CPU = torch.device("cpu")
 Draw = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 
 
-def sampler_of_digits(digits: torch.Tensor, schedule: Schedule, seed: int) -> Draw:
+def sampler_of_digits(digits: torch.Tensor, schedule: Schedule, seed: int, variance: float = 1.0) -> Draw:
     """draw(i) for `finetune`, from digits (M, ...) in [-1, 1]: noised, timesteps as dense as they weigh in the finished
-    image."""
-    variance = typical_variance(digits)
+    image, where images have this `variance`."""
 
     def draw(i: int) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(derive_seed(seed, "finetune", i))
