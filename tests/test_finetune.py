@@ -10,9 +10,9 @@ from common.choose import rounding
 from common.ddpm.schedule import Schedule
 from common.runtime import sealed
 from common.training import finetune as finetuning
-from common.training import price, quantized
+from common.training import finetune_inputs, price, quantized
 from common.training.finetune import finetune
-from common.training.finetune_inputs import sampler_of_digits
+from common.training.finetune_inputs import noised_digits
 
 
 class Scale(nn.Module):
@@ -36,7 +36,7 @@ def size(weights, steps):
 
 def run(network, start, step, updates, path, limit=1000):
     """At a limit that is far above what one code takes, and so at no price."""
-    draw = sampler_of_digits(digits_of(), Schedule(), 0)
+    draw = noised_digits(network, digits_of(), Schedule(), 64, 0, "fp32")
     weights, steps = {"a": torch.tensor([start])}, {"a": step}
     weights, steps = finetune(network, weights, steps, draw, size, limit, updates, "fp32", path)
     return weights["a"].item(), steps["a"]
@@ -46,8 +46,8 @@ def test_a_code_moves_to_where_the_prediction_is_again_that_of_the_network(monke
     monkeypatch.setattr(finetuning, "RATE", 0.2)
     network = Scale(0.24)
     monkeypatch.setattr(finetuning, "STEP_RATE", 0.05)
-    weight, step = run(network, 0.7, 0.1, 300, tmp_path / "state")
-    assert round(weight / step) * step == pytest.approx(0.24, abs=0.05)  # code 2, of a step of 0.1
+    weight, step = run(network, 0.7, 0.1, 1000, tmp_path / "state")
+    assert round(weight / step) * step == pytest.approx(0.24, abs=0.005)  # code 3, whose step has become 0.08
     assert network.a.item() == pytest.approx(0.24)  # what it learns from is left alone
 
 
@@ -84,7 +84,8 @@ def test_codes_of_a_gaussian_source_come_to_the_size_asked_for(monkeypatch, tmp_
     assert size({"weight": own}, {"weight": step}) > 1.5 * limit
     found, redundant = [], []
     for seed in range(3):
-        draw, start = sampler_of_digits(white, Schedule(), seed), ({"weight": own}, {"weight": step})
+        draw = noised_digits(network, white, Schedule(), 64, seed, "fp32")
+        start = ({"weight": own}, {"weight": step})
         weights, steps = finetune(network, *start, draw, size, limit, updates, "fp32", tmp_path / f"{seed}")
         found.append(size(weights, steps))
         codes = (weights["weight"] / steps["weight"]).round()
@@ -113,7 +114,7 @@ def test_a_finetuning_that_was_stopped_ends_in_the_same_weights(monkeypatch, tmp
 
 def test_a_weight_in_another_memory_format_resumes_to_the_same_bytes(monkeypatch, tmp_path):
     monkeypatch.setattr("common.training.finetune.SAVE_SECONDS", -1)
-    draw = sampler_of_digits(torch.randn(20, 1, 32, 32, generator=torch.Generator().manual_seed(0)), Schedule(), 0)
+    white = torch.randn(20, 1, 32, 32, generator=torch.Generator().manual_seed(0))
 
     class Blocks(nn.Sequential):
         def forward(self, x, t):
@@ -123,6 +124,7 @@ def test_a_weight_in_another_memory_format_resumes_to_the_same_bytes(monkeypatch
         torch.manual_seed(0)
         network = Blocks(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
         network.to(memory_format=torch.channels_last)
+        draw = noised_digits(network, white, Schedule(), 64, 0, "fp32")
         weights = {name: (w.detach() / 0.1).round() * 0.1 for name, w in network.named_parameters()}
         formats = []
 
@@ -161,8 +163,9 @@ def test_the_key_differs_with_all_that_the_result_depends_on(monkeypatch):
         "precision": "bf16", "updates": 11, "limit": 1001,
     }  # fmt: skip
     keys = [finetuning.state_key(**settings), *(finetuning.state_key(**settings | {k: v}) for k, v in others.items())]
-    constants = [(finetuning, name) for name in ("METHOD_VERSION", "BATCH", "RATE", "STEP_RATE", "WARMUP")]
-    constants += [(finetuning, name) for name in ("CYCLE", "REFRESH", "RECOUNT", "SPARE", "STATES_SHARE")]
+    constants = [(finetuning, name) for name in ("METHOD_VERSION", "RATE", "STEP_RATE", "WARMUP")]
+    constants += [(finetuning, name) for name in ("REFRESH", "RECOUNT", "SPARE")]
+    constants += [(finetune_inputs, name) for name in ("BATCH", "STATES", "STEPS", "IMAGES")]
     constants += [
         (price, "ABSENT"),
         (price, "PROPORTIONAL"),

@@ -1,4 +1,4 @@
-"""What finetuning shows to the network."""
+"""What finetuning learns from."""
 
 import pytest
 import torch
@@ -6,63 +6,77 @@ from torch import nn
 
 from common.ddpm.digits import typical_variance
 from common.ddpm.schedule import Schedule
-from common.training import finetune_inputs
-from common.training.finetune_inputs import BATCH, STEPS, sample_states, sampler_of_digits, with_states
+from common.training.finetune_inputs import IMAGES, STEPS, joined, noised_digits, sample_states, sampled_states
 
-
-def test_draws_follow_from_the_seed_and_timesteps_from_their_weight_in_the_image():
-    digits, schedule = torch.randn(500, 1, 32, 32), Schedule()
-    variance = typical_variance(digits)
-    draw, again, other = (sampler_of_digits(digits, schedule, seed, variance) for seed in (0, 0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(draw(3), again(3), strict=True))
-    assert not torch.equal(draw(3)[0], other(3)[0]) and not torch.equal(draw(3)[0], draw(4)[0])
-    timesteps = torch.cat([draw(i)[1] for i in range(100)])
-    assert len(timesteps) == 100 * BATCH
-    weights = torch.tensor(schedule.image_weights(list(range(1000)), variance))
-    expected = float((weights * torch.arange(1000)).sum() / weights.sum())
-    assert abs(timesteps.double().mean() - expected) < 3
+SCHEDULE = Schedule()
 
 
 class Blank(nn.Module):
     """Knows that all images are zero."""
 
-    def __init__(self, schedule):
+    def __init__(self):
         super().__init__()
-        self.share = nn.Parameter(torch.from_numpy((1 - schedule.alphas_cumprod) ** -0.5).float())
+        self.share = nn.Parameter(torch.from_numpy((1 - SCHEDULE.alphas_cumprod) ** -0.5).float())
 
     def forward(self, x, t):
         return x * self.share[t][:, None, None, None]
 
 
-def test_states_have_the_noise_of_their_timesteps_and_follow_from_the_seed(monkeypatch):
+BLANK = Blank()
+
+
+def equal(batch, other):
+    return [torch.equal(a, b) for a, b in zip(batch, other, strict=True)]
+
+
+def mean_timestep(variance):
+    weights = torch.tensor(SCHEDULE.image_weights(list(range(1000)), variance))
+    return float((weights * torch.arange(1000)).sum() / weights.sum())
+
+
+def test_noised_digits_follow_from_seed_and_update_and_timesteps_from_their_weight_in_the_image():
+    digits = torch.randn(500, 1, 32, 32)
+    variance = typical_variance(digits)
+    draw, again, other = (noised_digits(BLANK, digits, SCHEDULE, 64, seed, "fp32", variance) for seed in (0, 0, 1))
+    assert all(equal(draw(3), again(3)))
+    assert not any(equal(draw(3), other(3))) and not any(equal(draw(3), draw(4)))
+    timesteps = torch.cat([draw(i)[1] for i in range(100)])
+    assert len(timesteps) == 6400
+    assert abs(timesteps.double().mean() - mean_timestep(variance)) < 3
+
+
+def test_states_have_the_noise_of_their_timesteps_and_follow_from_seed_and_turn():
     """The marginal distribution at timestep t of images that are zero is N(0, 1 - abar)."""
-    schedule = Schedule()
-    network = Blank(schedule)
-    timesteps, states = sample_states(network, schedule, (1, 8, 8), 10, 0, "fp32")
-    assert timesteps.tolist() == schedule.spaced_timesteps(STEPS)
-    assert states.shape == (STEPS, 10 * BATCH // 2 // STEPS, 1, 8, 8)
-    expected = torch.from_numpy(1 - schedule.alphas_cumprod[timesteps.numpy()])
-    assert states.double().square().mean((1, 2, 3, 4)) == pytest.approx(expected, rel=0.25)  # of 1024 numbers each
-    monkeypatch.setattr(finetune_inputs, "AT_ONCE", 5)
-    assert torch.equal(sample_states(network, schedule, (1, 8, 8), 10, 0, "fp32")[1], states)
-    assert not torch.equal(sample_states(network, schedule, (1, 8, 8), 10, 1, "fp32")[1], states)
-    monkeypatch.setattr(finetune_inputs, "KEPT_BYTES", 3 * STEPS * 256 + 1)
-    assert sample_states(network, schedule, (1, 8, 8), 10, 0, "fp32")[1].shape[1] == 3
+    shape = (STEPS, IMAGES, 1, 8, 8)
+    states, outputs = sample_states(BLANK, SCHEDULE, shape[2:], STEPS, 0, 0, "fp32")
+    assert states.shape == outputs.shape == shape
+    expected = torch.from_numpy(1 - SCHEDULE.alphas_cumprod[SCHEDULE.spaced_timesteps(STEPS)])
+    assert states.double().square().mean((1, 2, 3, 4)) == pytest.approx(expected, rel=0.25)  # of 2048 numbers each
+    for turn, seed in ((1, 0), (0, 1)):
+        assert not torch.equal(sample_states(BLANK, SCHEDULE, shape[2:], STEPS, turn, seed, "fp32")[0], states)
 
 
-def test_half_of_a_batch_are_states_at_their_own_timesteps():
-    schedule = Schedule()
-    draw = sampler_of_digits(torch.zeros(9, 1, 2, 2), schedule, 0)
-    timesteps = torch.tensor(schedule.spaced_timesteps(STEPS))
-    states = (1000.0 + timesteps)[:, None, None, None, None].expand(-1, 4, 1, 2, 2)
-    mixed = with_states(draw, timesteps, states, 0)
-    kept = draw(5)
-    for i in range(20):
-        x, t = mixed(i)
-        drawn, at = draw(i)
-        of_states = x[:, 0, 0, 0] > 500
-        assert int(of_states.sum()) == BATCH // 2
-        assert torch.equal(x[of_states, 0, 0, 0], 1000.0 + t[of_states])
-        assert int((t - at)[of_states].abs().max()) <= 49  # timesteps of states: 49, 99, .. 999
-        assert torch.equal(x[~of_states], drawn[~of_states]) and torch.equal(t[~of_states], at[~of_states])
-    assert all(torch.equal(a, b) for a, b in zip(draw(5), kept, strict=True))  # `mixed` left them alone
+def test_states_come_with_their_own_timesteps_which_are_as_dense_as_they_weigh():
+    draw = sampled_states(BLANK, SCHEDULE, (1, 4, 4), 32, 0, "fp32", variance=7.0)
+    batches = [draw(i) for i in range(30)]
+    for x, t, outputs in batches:
+        assert x.shape == outputs.shape == (32, 1, 4, 4)
+        assert torch.allclose(outputs, BLANK(x, t))  # of another timestep they would be others
+    timesteps = torch.cat([t for _, t, _ in batches])
+    assert set(timesteps.tolist()) <= set(SCHEDULE.spaced_timesteps(STEPS))
+    assert abs(timesteps.double().mean() - mean_timestep(7.0)) < 5
+
+
+def test_states_of_an_update_are_the_same_wherever_finetuning_resumes():
+    first, second = (sampled_states(BLANK, SCHEDULE, (1, 4, 4), 32, 0, "fp32") for _ in range(2))
+    of_first = [first(i) for i in range(25)]
+    assert all(equal(second(24), of_first[24])) and all(equal(second(3), of_first[3]))
+    met = [x for x, _, _ in of_first]
+    of_turns = torch.cat(met[:20]).unique(dim=0), torch.cat(met[20:]).unique(dim=0)  # 20 updates share 32 x 20 states
+    assert len(torch.cat(of_turns).unique(dim=0)) == len(of_turns[0]) + len(of_turns[1])
+
+
+def test_joined_draws_stand_one_after_the_other():
+    draws = [noised_digits(BLANK, torch.randn(9, 1, 2, 2), SCHEDULE, n, n, "fp32") for n in (3, 5)]
+    parts = [draw(4) for draw in draws]
+    assert all(equal(joined(*draws)(4), [torch.cat(pair) for pair in zip(*parts, strict=True)]))

@@ -11,7 +11,7 @@ from tiny_runs import PROCESSES
 from common.ddpm.schedule import Schedule
 from common.runtime import distributed, sealed
 from common.training.finetune import finetune
-from common.training.finetune_inputs import sampler_of_digits
+from common.training.finetune_inputs import noised_digits
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def finetuned(path):
     network = Matrix(32)
     white = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    draw = sampler_of_digits(white, Schedule(), 0)
+    draw = noised_digits(network, white, Schedule(), 64, 0, "fp32")
     start = {"weight": network.weight.detach()}, {"weight": 0.5}
     return finetune(network, *start, draw, size, 700, 30, "fp32", path)
 

@@ -17,7 +17,7 @@ from common.study.codings import coded_model
 from common.study.diffusion_fisher import training_digits
 from common.study.run import Run, training_precision
 from common.training.finetune import finetune, state_key
-from common.training.finetune_inputs import sample_states, sampler_of_digits, with_states
+from common.training.finetune_inputs import BATCH, STATES, joined, noised_digits, sampled_states
 
 
 def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: int, updates: int) -> Model:
@@ -42,8 +42,11 @@ def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: in
 
         network = baseline.network().to(run.device, memory_format=torch.channels_last)
         digits, schedule = training_digits(run), schedule_of(baseline.config, run.device)
-        states = sample_states(network, schedule, digits.shape[1:], updates, seed, precision)
-        draw = with_states(sampler_of_digits(digits, schedule, seed, run.image_variance), *states, seed)
+        of_all = {"seed": seed, "precision": precision, "variance": run.image_variance}
+        draw = joined(
+            noised_digits(network, digits, schedule, BATCH - STATES, **of_all),
+            sampled_states(network, schedule, digits.shape[1:], STATES, **of_all),
+        )
         weights, steps = finetune(network, model.state, steps, draw, size, limit, updates, precision, state_path)
         stored = distributed.on_first(lambda: allocation.requantize_to_size(weights, steps, stored_bytes, limit))
         kept = coded_model(baseline, stored, metadata)

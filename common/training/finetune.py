@@ -20,15 +20,14 @@ from tqdm import tqdm
 from common.formats.packed import MIB
 from common.runtime import distributed
 from common.runtime.device import autocast
-from common.training import price, quantized
-from common.training.finetune_inputs import BATCH, CYCLE, STATES_SHARE
+from common.training import finetune_inputs, price, quantized
+from common.training.finetune_inputs import Draw
 from common.training.finetune_state import REFRESH, load_state, read_state, save_state
 from common.training.loop import SAVE_SECONDS
 from common.training.price import SizeControl
 from common.training.quantized import Quantized, start_from
 
-METHOD_VERSION = 3  # grows whenever `finetune`, or what draws its inputs, comes to give other weights
-KEPT_BYTES = 2**28  # of the network's own outputs, at most
+METHOD_VERSION = 4  # grows whenever `finetune`, or what draws its inputs, comes to give other weights
 RATE, STEP_RATE = 0.004, 0.0005  # of Adam: of latent weights, in steps; of the logarithms of steps
 WARMUP = 0.05  # of the updates: Adam's first ones are all of full length
 RECOUNT = 10  # of these, from one file that is made to the next
@@ -41,9 +40,9 @@ def state_key(network: str, weights: str, steps: dict[str, float], data: str, se
     network, weights: hashes of the network's own weights and of those it starts from; data, seed: of its digits; more:
     limit and updates.
     """
-    method = [METHOD_VERSION, BATCH, RATE, STEP_RATE, WARMUP, CYCLE, quantized.INSIDE, REFRESH, RECOUNT, SPARE]
-    method += [price.ABSENT, price.PROPORTIONAL, price.INTEGRAL, price.FARTHEST, price.MEMORY, STATES_SHARE]
-    method += [torch.__version__]
+    method = [METHOD_VERSION, RATE, STEP_RATE, WARMUP, quantized.INSIDE, REFRESH, RECOUNT, SPARE, torch.__version__]
+    method += [price.ABSENT, price.PROPORTIONAL, price.INTEGRAL, price.FARTHEST, price.MEMORY]
+    method += [finetune_inputs.BATCH, finetune_inputs.STATES, finetune_inputs.STEPS, finetune_inputs.IMAGES]
     of = [network, weights, sorted(steps.items()), data, seed, precision, sorted(more.items()), *method]
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()
 
@@ -52,7 +51,7 @@ def finetune(
     network: nn.Module,
     weights: dict[str, torch.Tensor],
     steps: dict[str, float],
-    draw: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
+    draw: Draw,
     size: Callable[[dict[str, torch.Tensor], dict[str, float]], int],
     limit: int,
     updates: int,
@@ -63,9 +62,9 @@ def finetune(
     whose codes take a file of about `limit` bytes. They start from `weights` and `steps`; the weights are not rounded,
     and what is no parameter of the network stays as it is.
 
-    draw(i), i below `CYCLE`: inputs (N, C, H, W) and timesteps (N,) of the network, the same in all processes, which
-    share them; updates take one after the other, again and again. size(weights, steps): bytes of the file of the
-    weights rounded to these steps. precision: "fp32" or "bf16", of the products.
+    draw(i): inputs of update i, their timesteps and the network's own outputs; the same in all processes, which share
+    them. size(weights, steps): bytes of the file of the weights rounded to these steps. precision: "fp32" or "bf16", of
+    the products.
 
     Continues from `state_path`, whose name should be of all that the result depends on, where it exists, writes it
     about once a minute, and leaves the result there for the caller to remove. A state that is damaged or of another
@@ -87,19 +86,13 @@ def finetune(
         tensors, done, found = state
         load_state(tensors, trained, optimizer)
         control = SizeControl(**found)
-    saved_at, targets = time.monotonic(), {}
+    saved_at = time.monotonic()
     bar = tqdm(range(done, updates), desc="finetuning", initial=done, total=updates, unit="step")
     for i in bar:
-        turn = i % CYCLE
-        batch = draw(turn)
-        x, t = (distributed.part(of_all) for of_all in batch)
+        batch = draw(i)
+        x, t, target = (distributed.part(of_all) for of_all in batch)
         x = x.contiguous(memory_format=torch.channels_last)
         with autocast(x.device, precision):
-            if (target := targets.get(turn)) is None:
-                with torch.no_grad():
-                    target = network(x, t).float()
-                if len(targets) < KEPT_BYTES // max(1, target.nbytes):
-                    targets[turn] = target
             difference = functional_call(network, trained.rounded(), (x, t)).float() - target
         numbers = len(batch[0]) * math.prod(difference.shape[1:])  # of all processes
         loss = difference.square().sum() * (distributed.processes() / numbers)

@@ -1,15 +1,15 @@
-"""What `common.training.finetune` shows to the network: noised digits, and states on the way from noise to an image.
+"""What `common.training.finetune` learns from: noised digits, and states on the way from noise to an image.
+
+No input comes twice: of 16,384 that came ten times each, the codes learned the inputs (docs/quick.md).
 
 Where it samples, a quantized network meets states that its own baseline made. On these, at little noise, its error is
 half as large again as on noised digits: so half of what it learns from are such states.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from common.ddpm.noise import NoiseStreams
 from common.ddpm.samplers import sample
@@ -18,66 +18,99 @@ from common.runtime.device import autocast, derive_seed
 from common.training.loop import stratified
 
 BATCH = 64
-CYCLE = 256  # updates after which the same inputs come again, so that the network's own outputs are known
-STATES_SHARE = 0.5  # of a batch
+STATES = 32  # of a batch
 SAMPLER, STEPS = "dpm++", 20  # by which the states are made
-AT_ONCE = 64  # images
-KEPT_BYTES = 2**28  # of states, at most
+IMAGES = 32  # whose states are made at a time
 CPU = torch.device("cpu")
 
-Draw = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # inputs (N, C, H, W), timesteps (N,), outputs (N, C, H, W)
+Draw = Callable[[int], Batch]  # of update i
 
 
-def sampler_of_digits(digits: torch.Tensor, schedule: Schedule, seed: int, variance: float = 1.0) -> Draw:
-    """draw(i) for `finetune`, from digits (M, ...) in [-1, 1]: noised, timesteps as dense as they weigh in the finished
+def noised_digits(
+    network: nn.Module,
+    digits: torch.Tensor,
+    schedule: Schedule,
+    count: int,
+    seed: int,
+    precision: str,
+    variance: float = 1.0,
+) -> Draw:
+    """Draws of so many `digits` (M, C, H, W) in [-1, 1]: noised, timesteps as dense as they weigh in the finished
     image, where images have this `variance`."""
 
-    def draw(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(i: int) -> Batch:
         generator = torch.Generator().manual_seed(derive_seed(seed, "finetune", i))
-        chosen = torch.randint(len(digits), (BATCH,), generator=generator)
-        t = schedule.timesteps_at(stratified(BATCH, CPU, generator), variance=variance).to(digits.device)
-        noise = torch.randn(BATCH, *digits.shape[1:], generator=generator).to(digits.device)
-        return schedule.add_noise(digits[chosen], t, noise), t
+        chosen = torch.randint(len(digits), (count,), generator=generator)
+        t = schedule.timesteps_at(stratified(count, CPU, generator), variance=variance).to(digits.device)
+        noise = torch.randn(count, *digits.shape[1:], generator=generator).to(digits.device)
+        x = schedule.add_noise(digits[chosen], t, noise)
+        return x, t, predict(network, x, t, precision)
+
+    return draw
+
+
+def sampled_states(
+    network: nn.Module,
+    schedule: Schedule,
+    shape: tuple[int, int, int],
+    count: int,
+    seed: int,
+    precision: str,
+    variance: float = 1.0,
+) -> Draw:
+    """Draws of so many states that `network` meets while it samples images of `shape`, at those of the sampler's
+    timesteps that are nearest to timesteps drawn as for `noised_digits`."""
+    steps = min(STEPS, schedule.timesteps)
+    updates = max(1, IMAGES * steps // count)  # which draw from the same states: about as many as there are
+    timesteps = torch.tensor(schedule.spaced_timesteps(steps))
+    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def draw(i: int) -> Batch:
+        turn = i // updates
+        if turn not in known:
+            known.clear()
+            known[turn] = sample_states(network, schedule, shape, steps, turn, seed, precision)
+        states, outputs = known[turn]
+        generator = torch.Generator().manual_seed(derive_seed(seed, "state", i))
+        wanted = schedule.timesteps_at(stratified(count, CPU, generator), variance=variance)
+        at = (timesteps - wanted[:, None]).abs().argmin(1).to(states.device)
+        image = torch.randint(IMAGES, (count,), generator=generator).to(states.device)
+        return states[at, image], timesteps.to(states.device)[at], outputs[at, image]
 
     return draw
 
 
 def sample_states(
-    network: nn.Module, schedule: Schedule, shape: tuple[int, int, int], updates: int, seed: int, precision: str
+    network: nn.Module,
+    schedule: Schedule,
+    shape: tuple[int, int, int],
+    steps: int,
+    turn: int,
+    seed: int,
+    precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Timesteps (S,) and the states (S, N, C, H, W) at each from which `network` predicts the noise while it samples N
-    images of `shape`: about as many states as so many updates use."""
-    device, steps = next(network.parameters()).device, min(STEPS, schedule.timesteps)
-    images = math.ceil(min(updates, CYCLE) * BATCH * STATES_SHARE / steps)
-    images = max(1, min(images, KEPT_BYTES // (steps * math.prod(shape) * 4)))
-    met = [[] for _ in range(steps)]
-    with tqdm(total=math.ceil(images / AT_ONCE) * steps, desc="states", unit="step") as bar:
-        for start in range(0, images, AT_ONCE):
-            noise = NoiseStreams(derive_seed(seed, "states"), range(start, min(images, start + AT_ONCE)), shape)
-            at_step = iter(met)
+    """The states (steps, IMAGES, C, H, W) from which `network` predicts the noise while it samples in so many steps,
+    others for each `turn`; and what it predicts, of the same shape."""
+    noise = NoiseStreams(derive_seed(seed, "states"), range(turn * IMAGES, (turn + 1) * IMAGES), shape)
+    met = []
 
-            def recorded(x: torch.Tensor, t: torch.Tensor, at_step=at_step) -> torch.Tensor:
-                next(at_step).append(x)
-                with autocast(device, precision):
-                    return network(x, t)
+    def recorded(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        met.append((x, predict(network, x, t, precision)))
+        return met[-1][1]
 
-            sample(recorded, schedule, noise, SAMPLER, steps, device=device, on_step=bar.update)
-    timesteps = torch.tensor(schedule.spaced_timesteps(steps), device=device)
-    return timesteps, torch.stack([torch.cat(parts) for parts in met])
+    sample(recorded, schedule, noise, SAMPLER, steps, device=next(network.parameters()).device)
+    states, outputs = zip(*met, strict=True)
+    return torch.stack(states), torch.stack(outputs)
 
 
-def with_states(draw: Draw, timesteps: torch.Tensor, states: torch.Tensor, seed: int) -> Draw:
-    """`draw`, but a share `STATES_SHARE` of its inputs are `states` (S, N, C, H, W) at those of `timesteps` (S,) that
-    are nearest to the drawn ones."""
-    count = round(STATES_SHARE * BATCH)
+def joined(*draws: Draw) -> Draw:
+    """Draws of all, one after the other."""
+    return lambda i: tuple(torch.cat(parts) for parts in zip(*(draw(i) for draw in draws), strict=True))
 
-    def mixed(i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        x, t = (of_all.clone() for of_all in draw(i))
-        generator = torch.Generator().manual_seed(derive_seed(seed, "states", i))
-        replaced = torch.randperm(len(x), generator=generator)[:count].to(x.device)
-        image = torch.randint(states.shape[1], (count,), generator=generator).to(x.device)
-        nearest = (timesteps - t[replaced, None]).abs().argmin(1)
-        x[replaced], t[replaced] = states[nearest, image], timesteps[nearest]
-        return x, t
 
-    return mixed
+@torch.no_grad()
+def predict(network: nn.Module, x: torch.Tensor, t: torch.Tensor, precision: str) -> torch.Tensor:
+    """The outputs, in FP32, of products in `precision`."""
+    with autocast(x.device, precision):
+        return network(x.contiguous(memory_format=torch.channels_last), t).float()
