@@ -1,6 +1,7 @@
 """What `common.training.finetune` learns from: noised digits, and states on the way from noise to an image.
 
-No input comes twice: of 16,384 that came ten times each, the codes learned the inputs (docs/quick.md).
+Digits come with new noise each time, and states for a few updates alone: of 16,384 inputs that came ten times each, the
+codes learned the inputs (docs/quick.md).
 
 Where it samples, a quantized network meets states that its own baseline made. On these, at little noise, its error is
 half as large again as on noised digits: so half of what it learns from are such states.
