@@ -8,6 +8,7 @@ half as large again as on noised digits: so half of what it learns from are such
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -65,19 +66,18 @@ def sampled_states(
     steps = min(STEPS, schedule.timesteps)
     updates = max(1, IMAGES * steps // count)  # which draw from the same states: about as many as there are
     timesteps = torch.tensor(schedule.spaced_timesteps(steps))
-    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @lru_cache(maxsize=1)
+    def met_in(turn: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return sample_states(network, schedule, shape, steps, turn, seed, precision)
 
     def draw(i: int) -> Batch:
-        turn = i // updates
-        if turn not in known:
-            known.clear()
-            known[turn] = sample_states(network, schedule, shape, steps, turn, seed, precision)
-        states, outputs = known[turn]
+        states, outputs = met_in(i // updates)
         generator = torch.Generator().manual_seed(derive_seed(seed, "state", i))
         wanted = schedule.timesteps_at(stratified(count, CPU, generator), variance=variance)
-        at = (timesteps - wanted[:, None]).abs().argmin(1).to(states.device)
-        image = torch.randint(IMAGES, (count,), generator=generator).to(states.device)
-        return states[at, image], timesteps.to(states.device)[at], outputs[at, image]
+        at = (timesteps - wanted[:, None]).abs().argmin(1)
+        image = torch.randint(IMAGES, (count,), generator=generator)
+        return states[at, image], timesteps[at].to(states.device), outputs[at, image]
 
     return draw
 
