@@ -17,6 +17,7 @@ from common.fisher.information import fisher_information
 from common.presets import TrainingConfig
 from common.runtime import device as device_module
 from common.runtime.device import autocast, cast_weights, device_name, set_up_torch
+from common.runtime.replay import WARM_UP, Replayed
 from common.training import loop
 from common.training.loop import train
 
@@ -88,6 +89,23 @@ def test_kept_images_are_on_the_cpu_and_sampled_once(tiny_network, tmp_path):
     first = generate(copy_of(tiny_network), "weights", sampling, DEVICE, tmp_path / "one", "label")
     assert first.device == CPU and first.shape == (5, 32, 32)
     assert torch.equal(generate(copy_of(tiny_network), "weights", sampling, DEVICE, tmp_path / "other", "label"), first)
+
+
+@on_gpu
+def test_work_that_is_replayed_does_the_same_to_other_inputs():
+    total, calls = torch.zeros(3, device=DEVICE), []
+
+    def work(x, y):
+        calls.append(x)
+        total.add_(x)
+        return x * y
+
+    replayed = Replayed(work, DEVICE)
+    for i in range(1, 7):
+        x = torch.full((3,), float(i), device=DEVICE)
+        assert replayed(x, x + 1).tolist() == [i * (i + 1)] * 3
+    assert total.tolist() == [21] * 3
+    assert len(calls) == (WARM_UP + 1 if DEVICE.type == "cuda" else 6)
 
 
 @on_gpu

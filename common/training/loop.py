@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.presets import TrainingConfig
 from common.runtime import distributed, sealed
 from common.runtime.device import autocast, derive_seed
+from common.runtime.replay import Replayed
 from common.training.muon import Muon
 
 SAVE_SECONDS = 60
@@ -36,13 +37,19 @@ def learning_rate_factor(config: TrainingConfig, step: int) -> float:
 
 
 def make_optimizers(network: nn.Module, config: TrainingConfig, precision: str) -> list[torch.optim.Optimizer]:
-    """Muon for the weights of hidden layers; Adam for the first and the last layer, biases and norms."""
+    """Muon for the weights of hidden layers; Adam for the first and the last layer, biases and norms.
+
+    Their rates are tensors on the network's device, and change in place.
+    """
     ends = (getattr(network, name, None) for name in ("shallow_conv", "output_conv", "conv_in", "conv_out"))
     outer = {parameter for module in ends if module is not None for parameter in module.parameters()}
     hidden = [p for p in network.parameters() if p.dim() > 1 and p not in outer]
     others = [p for p in network.parameters() if p.dim() == 1 or p in outer]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return [Muon(hidden, lr=config.muon_lr, dtype=dtype), torch.optim.Adam(others, lr=config.lr, fused=True)]
+    device = hidden[0].device
+    muon_lr, lr = (torch.tensor(rate, device=device) for rate in (config.muon_lr, config.lr))
+    recorded = device.type == "cuda"  # by `Replayed`
+    return [Muon(hidden, muon_lr, dtype=dtype), torch.optim.Adam(others, lr, fused=True, capturable=recorded)]
 
 
 def ema_decay(config: TrainingConfig, step: int) -> float:
@@ -109,7 +116,7 @@ def train(
     network.to(device, memory_format=torch.channels_last).train()
     parameters = dict(network.named_parameters())
     optimizers = make_optimizers(network, config, precision)
-    peaks = [optimizer.defaults["lr"] for optimizer in optimizers]
+    peaks = [float(optimizer.defaults["lr"]) for optimizer in optimizers]
     ema = {name: p.detach().clone() for name, p in parameters.items()}
     losses = torch.zeros(config.steps, device=device)
     run = {
@@ -122,6 +129,21 @@ def train(
     steps_done = 0
     if distributed.broadcast(state_path.exists()):
         steps_done = _load_state(state_path, run, parameters, ema, optimizers, losses)
+
+    def update(x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The loss of this process's part of a batch; the weights make a step."""
+        with autocast(device, precision):
+            loss = denoising_loss(network, schedule, x0, t, noise).mean()
+        network.zero_grad(set_to_none=True)
+        loss.backward()
+        distributed.average_gradients(parameters.values())
+        nn.utils.clip_grad_norm_(parameters.values(), config.gradient_clip, foreach=True)
+        for optimizer in optimizers:
+            optimizer.step()
+        return loss.detach()
+
+    if processes == 1:  # exchanges between processes are not recorded
+        update = Replayed(update, device)
     images = digits.to(device)
     order = EpochOrder(len(digits), config.batch_size, config.seed, device)
     saved_at = time.monotonic()
@@ -135,18 +157,11 @@ def train(
         noise = torch.randn_like(x0)
         if processes > 1:  # what was drawn until here is of the whole batch; dropout is each process's own
             torch.manual_seed(derive_seed(config.seed, "dropout", step, rank))
-        with autocast(device, precision):
-            loss = denoising_loss(network, schedule, x0[mine], t[mine], noise[mine]).mean()
-        network.zero_grad(set_to_none=True)
-        loss.backward()
-        distributed.average_gradients(parameters.values())
-        nn.utils.clip_grad_norm_(parameters.values(), config.gradient_clip, foreach=True)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
-            optimizer.param_groups[0]["lr"] = peak * learning_rate_factor(config, step)
-            optimizer.step()
+            optimizer.param_groups[0]["lr"].fill_(peak * learning_rate_factor(config, step))
+        losses[step] = distributed.mean(update(x0[mine], t[mine], noise[mine]))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.values()), list(parameters.values()), 1 - ema_decay(config, step))
-        losses[step] = distributed.mean(loss.detach())
         on_step(step + 1, ema)  # before the state is saved: what it keeps is complete whenever the process dies
         if rank == 0 and (time.monotonic() - saved_at > SAVE_SECONDS or step + 1 == config.steps):
             _require_finite(losses[: step + 1])
