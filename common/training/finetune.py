@@ -30,7 +30,8 @@ from common.training.quantized import Quantized, start_from
 METHOD_VERSION = 4  # grows whenever `finetune`, or what draws its inputs, comes to give other weights
 RATE, STEP_RATE = 0.004, 0.0005  # of Adam: of latent weights, in steps; of the logarithms of steps
 WARMUP = 0.05  # of the updates: Adam's first ones are all of full length
-RECOUNT = 10  # of these, from one file that is made to the next
+RECOUNT = 10  # of REFRESH, from one file that is made to the next ..
+RECOUNT_WEIGHTS = 4_000_000  # .. of so many weights: for more, a file takes longer and its headers are a smaller part
 SPARE = 0.003  # of the bytes: what the last codes may differ from the ramp
 
 
@@ -40,9 +41,10 @@ def state_key(network: str, weights: str, steps: dict[str, float], data: str, se
     network, weights: hashes of the network's own weights and of those it starts from; data, seed: of its digits; more:
     limit and updates.
     """
-    method = [METHOD_VERSION, RATE, STEP_RATE, WARMUP, quantized.INSIDE, REFRESH, RECOUNT, SPARE, torch.__version__]
+    method = [METHOD_VERSION, RATE, STEP_RATE, WARMUP, quantized.INSIDE, REFRESH, RECOUNT, RECOUNT_WEIGHTS, SPARE]
     method += [price.ABSENT, price.PROPORTIONAL, price.INTEGRAL, price.FARTHEST, price.MEMORY]
     method += [finetune_inputs.BATCH, finetune_inputs.STATES, finetune_inputs.STEPS, finetune_inputs.IMAGES]
+    method += [torch.__version__]
     of = [network, weights, sorted(steps.items()), data, seed, precision, sorted(more.items()), *method]
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()
 
@@ -86,6 +88,7 @@ def finetune(
         tensors, done, found = state
         load_state(tensors, trained, optimizer)
         control = SizeControl(**found)
+    recount = REFRESH * RECOUNT * max(1, control.weights // RECOUNT_WEIGHTS)
     saved_at = time.monotonic()
     bar = tqdm(range(done, updates), desc="finetuning", initial=done, total=updates, unit="step")
     for i in bar:
@@ -103,7 +106,7 @@ def finetune(
         speed = rate_factor(i, updates)
         if i % REFRESH == 0:
             lengths, bits = price.measure(trained.latents)
-            if i % (REFRESH * RECOUNT) == 0:
+            if i % recount == 0:
                 in_file = distributed.on_first(lambda: size(*all_of(trained)))
                 control.overhead = in_file - bits / 8
             control.take_bits(i, bits, speed)
