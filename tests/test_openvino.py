@@ -189,10 +189,12 @@ def test_costs_are_the_errors_that_each_layer_alone_brings(network, kept, calibr
     x, t = calibration.x, calibration.t
     monkeypatch.setattr(costs_module, "IMAGES", 400)
     monkeypatch.setattr(costs_module, "BATCH", 100)
-    costs = layer_costs(network, graph, x.repeat(10, 1, 1, 1), t.repeat(10))  # with 10 draws of signs for each
+    assert calibration.variance > 2  # so that weights of the variance 1 would show
+    of_all = x.repeat(10, 1, 1, 1), t.repeat(10), calibration.variance
+    costs = layer_costs(network, graph, *of_all)  # with 10 draws of signs for each
     assert sorted(costs) == sorted(once) and max(costs, key=costs.get) == max(once, key=once.get)
     expected = predicted(network, x, t)
-    weights = torch.tensor(Schedule().image_weights(t.tolist()))
+    weights = torch.tensor(Schedule().image_weights(t.tolist(), calibration.variance))
     measured = {}
     for name in list(costs)[:2] + list(costs)[-1:]:
         alone = graph.clone()

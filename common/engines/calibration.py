@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common.ddpm.digits import to_model_range
+from common.ddpm.digits import to_model_range, typical_variance
 from common.ddpm.noise import NoiseStreams
 from common.ddpm.schedule import Schedule
 from common.engines.costs import layer_costs
@@ -38,11 +38,13 @@ ENDS = ("Constant", "Parameter", "Result")
 
 @dataclass(frozen=True)
 class Calibration:
-    """Noised images x (N, C, H, W) with their timesteps t (N,), and what they are, for those who read of it."""
+    """Noised images x (N, C, H, W) with their timesteps t (N,), and what they are, for those who read of it; variance:
+    `typical_variance` of all images."""
 
     x: torch.Tensor
     t: torch.Tensor
     name: str
+    variance: float
 
 
 def noised_images(images: torch.Tensor, schedule: Schedule, steps: int, name: str) -> Calibration:
@@ -55,7 +57,8 @@ def noised_images(images: torch.Tensor, schedule: Schedule, steps: int, name: st
     t = t[torch.randperm(len(t), generator=generator)]  # so that each batch has both noise and images in it
     x0 = to_model_range(images[chosen])
     noise = NoiseStreams(derive_seed(SEED, "calibration"), range(len(chosen)), tuple(x0.shape[1:])).draw()
-    return Calibration(schedule.add_noise(x0, t, noise), t, f"{len(chosen)} of {name}, {steps} steps")
+    called = f"{len(chosen)} of {name}, {steps} steps"
+    return Calibration(schedule.add_noise(x0, t, noise), t, called, typical_variance(images))
 
 
 def integer_graph(network: nn.Module, calibration: Calibration, integers: dict[str, IntegerTensor]):
@@ -99,6 +102,7 @@ def kept_graph(
         "weights": weights,
         "codes": sealed.hash_tensors({name: of.codes for name, of in integers.items()}),
         "calibration": calibration.name,
+        "variance": calibration.variance,
         "versions": [f"{package} {installed_version(package)}" for package in PACKAGES],
     }
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
@@ -118,7 +122,7 @@ def _keep(path: Path, network, described: dict, integers, calibration: Calibrati
     except CheckpointError as error:
         print(f"{error}: the network is calibrated anew")
     graph = integer_graph(network, calibration, integers)
-    costs = layer_costs(network, graph, calibration.x, calibration.t)
+    costs = layer_costs(network, graph, calibration.x, calibration.t, calibration.variance)
     sealed.save(path, KIND, graph_tensors(graph), described | {"costs": costs})
 
 
@@ -128,7 +132,7 @@ def _read(path: Path, described: dict):
 
     tensors, found = sealed.require(
         path, sealed.load(path, KIND), dict.fromkeys(("graph", "weights"), (torch.uint8, (None,))),
-        dict.fromkeys(described, str) | {"versions": list, "costs": dict},
+        dict.fromkeys(described, str) | {"versions": list, "variance": float, "costs": dict},
     )  # fmt: skip
     costs = found.pop("costs")
     if found != described or not all(type(value) is float for value in costs.values()):

@@ -22,18 +22,18 @@ SEED = 0
 SHARE = 0.9  # of the predicted error, which the layers that are left in bfloat16 would bring
 
 
-def layer_costs(network: nn.Module, graph, x: torch.Tensor, t: torch.Tensor) -> dict[str, float]:
+def layer_costs(network: nn.Module, graph, x: torch.Tensor, t: torch.Tensor, variance: float = 1.0) -> dict[str, float]:
     """{layer: predicted increase of the squared error of the predicted noise, in the mean over pixels}, the largest
     first, of each layer of 8 bits in `graph`, on images x (N, C, H, W) noised to timesteps t (N,).
 
-    The mean over images is weighed by `Schedule.image_weights`.
+    The mean over images is weighed by `Schedule.image_weights` of images of this `variance`.
     """
     network, ranges = network.cpu().float(), input_ranges(graph)
     layers = {name: network.get_submodule(name) for name in integer_layers(graph) if name in ranges}
     exact = deepcopy(layers)  # which can be called without being watched
     coarse = with_weights(layers, dequantized_weights(graph))
     x, t = x[:IMAGES], t[:IMAGES]
-    importance = torch.tensor(schedule_of(network.architecture).image_weights(t.tolist()))
+    importance = torch.tensor(schedule_of(network.architecture).image_weights(t.tolist(), variance))
     signs, costs = random_signs(tuple(x.shape), SEED), dict.fromkeys(layers, 0.0)
     loss = signed_sum(lambda call, x, t: call(x, t))
     for start in range(0, len(x), BATCH):
