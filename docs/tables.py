@@ -18,11 +18,13 @@ from common.study.rows import ResultStore, Row
 REFERENCE = Path(__file__).parent.parent / "reference"
 
 
-def table(folder: str, columns: str, labels: list[str] | None = None, **settings) -> None:
-    """Prints the rows of reference/`folder` with these settings, such as seeds=3, as Markdown: all, or those of
-    `labels`, in that order; columns: names of `common.study.columns`, separated by commas. Raises KeyError for a row
-    that is not there."""
-    rows = read_rows(folder, **settings)
+def table(folders: str, columns: str, labels: list[str] | None = None, **settings) -> None:
+    """Prints the rows of reference/`folders` (one or several, between spaces) with these settings, such as seeds=3, as
+    Markdown: all, or those of `labels`, in that order; columns: names of `common.study.columns`, separated by commas. Of
+    rows that several folders hold, the first folder's is taken. Raises KeyError for a row that is not there."""
+    rows: dict[str, Row] = {}
+    for folder in folders.split():
+        rows = read_rows(folder, **settings) | rows
     chosen = [rows[label] for label in labels] if labels else list(rows.values())
     wanted = [name.strip() for name in columns.split(",")]
     print(markdown_table([["", *wanted], *([row.label, *cells(row, wanted, list(rows.values()))] for row in chosen)]))
