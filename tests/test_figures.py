@@ -91,7 +91,7 @@ def test_fid_and_psnr_against_size():
     )
     assert band(fid) == pytest.approx((0.046, 0.054)) and not psnr.patches
     assert (fid.get_xscale(), fid.get_yscale(), psnr.get_xscale(), psnr.get_yscale()) == ("log", "log", "log", "linear")
-    assert fid.get_ylabel() == "FID (mnist features abcc2d22)" and "dB" in psnr.get_ylabel()
+    assert fid.get_ylabel() == "FID (mnist features)" and "dB" in psnr.get_ylabel()
     assert fid.get_xlabel() == psnr.get_xlabel() == "MiB of the file"
     # One colour for a way, the same in both; its name in that colour, beside its smallest file.
     colours = [{c.get_label(): c.lines[0].get_color() for c in axis.containers} for axis in (fid, psnr)]
@@ -162,7 +162,7 @@ def test_the_unbiased_difference_is_drawn_where_rows_have_it():
     ratio = [(0.8, 0.2, 0.03), (0.9, 0.1, 0.02)]
     assert found == close_to({"Uniform": [(4.0, -0.001, 0.002)], "Ratio": ratio})
     assert fid.get_yscale() == "symlog" and fid.get_ylabel() == (
-        "unbiased FID minus FP32's (mnist features abcc2d22, linear around 0)"
+        "unbiased FID minus FP32's (mnist features, linear around 0)"
     )
     assert band(fid) == pytest.approx((-0.005, 0.005))  # one error of FP32's own FID
     assert linked(fid) == {"Uniform"}
@@ -206,7 +206,7 @@ def test_learning_curve():
     assert points == [pytest.approx((100, 0.5, 0.05)), pytest.approx((300, 0.1, 0.01))]
     assert band(axis) == pytest.approx((0.046, 0.054))
     assert axis.get_yscale() == "log" and axis.get_xlabel() == "digits seen"
-    assert axis.get_ylabel() == "FID (mnist features abcc2d22)"
+    assert axis.get_ylabel() == "FID (mnist features)"
     assert frontier.draw_learning_curve([REAL, rows[0]]) is None
 
 

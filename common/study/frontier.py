@@ -12,7 +12,8 @@ from common.study.rows import BASELINE, REAL, Figure, Row
 
 FID_NAMES = {"fid": "FID", "fid_unbiased": "unbiased FID", "fid_unbiased_difference": "unbiased FID minus FP32's"}
 # Ten colours that differ in print and to most colour-blind eyes (Petroff 2021), and markers for the next ten.
-COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
+# The two greys come last: bands are grey.
+COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#92dadd", "#94a4a2", "#717581")
 MARKERS = ("o", "s", "^")
 LINE_HEIGHT = 12  # of a label, in points, and
 LETTER = 4.6  # the width of one of its letters
@@ -62,7 +63,7 @@ def draw_fid_against_size(rows: list[Row]):
                 axis.legend([of[label] for label in bands], bands, loc="upper right", fontsize=8)
         _plain_ticks(axis)
     around = ", linear around 0" if axes[0].get_yscale() == "symlog" else ""
-    axes[0].set(ylabel=f"{FID_NAMES[shown]} ({rows[0].settings.metric}{around})")
+    axes[0].set(ylabel=f"{FID_NAMES[shown]} ({_features(rows)}{around})")
     axes[1].set(ylabel="PSNR to the FP32 images, dB", title="colours as on the left")
     figure.tight_layout()
     return figure
@@ -118,7 +119,7 @@ def draw_fid_against_ratio(rows: list[Row]):
     _level_to_compare(axis, rows, shown)
     axis.set(
         xlabel="ratio of each layer's weights that stays FP32",
-        ylabel=f"{FID_NAMES[shown]} ({rows[0].settings.metric})",
+        ylabel=f"{FID_NAMES[shown]} ({_features(rows)})",
     )
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
@@ -136,7 +137,7 @@ def draw_learning_curve(rows: list[Row]):
     _errorbar(axis, points, fmt="o-", label="averaged weights")
     _level_to_compare(axis, rows, shown)
     _fid_scale(axis, [figure for _, figure in points])
-    axis.set(xlabel="digits seen", ylabel=f"{FID_NAMES[shown]} ({rows[0].settings.metric})")
+    axis.set(xlabel="digits seen", ylabel=f"{FID_NAMES[shown]} ({_features(rows)})")
     _plain_ticks(axis)
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3, which="both")
@@ -152,6 +153,11 @@ def _drawn_as(row: Row) -> str:
     if weighting == "Fisher values: image":  # the default
         weighting = None
     return ", ".join(filter(None, ["Budget", row.format, row.rounding, row.variant, weighting]))
+
+
+def _features(rows: list[Row]) -> str:
+    """The features' name without the hash of their weights."""
+    return rows[0].settings.metric.rsplit(" ", 1)[0]
 
 
 def _values_of(row: Row) -> str:
