@@ -15,6 +15,14 @@ def test_orthogonalize_keeps_the_singular_vectors_and_sets_the_values_near_one(s
     assert (values.diagonal() > 0.6).all() and (values.diagonal() < 1.3).all()
 
 
+def test_matrices_of_one_shape_may_go_together():
+    matrices = torch.randn(3, 5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    together = orthogonalize(matrices, torch.float64)
+    for matrix, found in zip(matrices, together, strict=True):
+        assert torch.allclose(found, orthogonalize(matrix, torch.float64), rtol=0, atol=1e-12)
+    assert torch.allclose(orthogonalize(matrices.mT, torch.float64), together.mT, rtol=0, atol=1e-12)
+
+
 def test_bfloat16_moves_the_result_by_a_few_percent():
     matrix = torch.randn(96, 864, generator=torch.Generator().manual_seed(0))
     exact, rounded = orthogonalize(matrix), orthogonalize(matrix, torch.bfloat16)

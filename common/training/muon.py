@@ -44,7 +44,8 @@ def _alike(weights: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     """The weights, those of one shape together on CUDA, where a product of many is faster."""
     if weights[0].device.type != "cuda":
         return [[weight] for weight in weights]
-    return [list(group) for _, group in groupby(sorted(weights, key=lambda w: w.shape), key=lambda w: w.shape)]
+    in_order = sorted(weights, key=lambda weight: weight.shape)
+    return [list(group) for _, group in groupby(in_order, key=lambda weight: weight.shape)]
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> torch.Tensor:
