@@ -19,9 +19,9 @@ REFERENCE = Path(__file__).parent.parent / "reference"
 
 
 def table(folders: str, columns: str, labels: list[str] | None = None, **settings) -> None:
-    """Prints the rows of reference/`folders` (one or several, between spaces) with these settings, such as seeds=3, as
-    Markdown: all, or those of `labels`, in that order; columns: names of `common.study.columns`, separated by commas. Of
-    rows that several folders hold, the first folder's is taken. Raises KeyError for a row that is not there."""
+    """Prints the rows of reference/`folders` (names separated by spaces) with these settings, such as seeds=3, as
+    Markdown: all, or those of `labels`, in that order; columns: names of `common.study.columns`, separated by commas.
+    Of rows that several folders hold, the first folder's is taken. Raises KeyError for a row that is not there."""
     rows: dict[str, Row] = {}
     for folder in folders.split():
         rows = read_rows(folder, **settings) | rows
