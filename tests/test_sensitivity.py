@@ -128,9 +128,9 @@ def test_old_files_print_and_have_no_figure(tmp_path):
     assert predictions.draw_sensitivity(path) is None
 
 
-@pytest.mark.parametrize("preset", ["quick", "paper"])
-def test_files_of_the_reference_print(preset):
-    folder = Path(__file__).parents[1] / "reference" / preset
+@pytest.mark.parametrize(("name", "preset"), [("quick", "quick"), ("paper-2400", "paper")])
+def test_files_of_the_reference_print(name, preset):
+    folder = Path(__file__).parents[1] / "reference" / name
     assert f"Preset {preset}" in increases.format_sensitivity(folder / increases.FILE)
 
 
