@@ -22,7 +22,7 @@ SEED = 0
 SHARE = 0.9  # of the predicted error, which the layers that are left in bfloat16 would bring
 
 
-def layer_costs(network: nn.Module, graph, x: torch.Tensor, t: torch.Tensor, variance: float = 1.0) -> dict[str, float]:
+def layer_costs(network: nn.Module, graph, x: torch.Tensor, t: torch.Tensor, variance: float) -> dict[str, float]:
     """{layer: predicted increase of the squared error of the predicted noise, in the mean over pixels}, the largest
     first, of each layer of 8 bits in `graph`, on images x (N, C, H, W) noised to timesteps t (N,).
 
