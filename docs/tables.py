@@ -16,6 +16,7 @@ from common.study.increases import FILE, Increases, rank_correlation, read_incre
 from common.study.rows import ResultStore, Row
 
 REFERENCE = Path(__file__).parent.parent / "reference"
+MACHINES = {"AVX-512": "avx512", "AMX": "amx"}  # {what a table calls it: its folder in reference/speed}
 
 
 def table(folders: str, columns: str, labels: list[str] | None = None, **settings) -> None:
@@ -84,16 +85,13 @@ def layers(folders: list[str], formats: list[str]) -> None:
 
 
 def speed(preset: str, work: str) -> None:
-    """Prints the times that `python -m benchmarks.speed --json reference/speed/<preset>.json` kept of one kind of work,
-    each beside how many times faster than the published way it is."""
-    kept = json.loads((REFERENCE / "speed" / f"{preset}.json").read_text())
-    timings = [t for t in kept["timings"] if t["work"] == work]
-    published = next(t["seconds"] for t in timings if t["way"] == "published")
-    lines = [
-        [t["way"], f"{1000 * t['seconds']:.2f}", f"{published / t['seconds']:.1f}x", _share(t["of_peak"])]
-        for t in timings
-    ]
-    print(markdown_table([[f"{work}, {preset}", "ms", "faster", "of the peak"], *lines]))
+    """Prints the times of one kind of work that `python -m benchmarks.speed` kept, for each machine: milliseconds, how
+    many times faster than the published way that is, and the share of the machine's peak."""
+    kept = [json.loads((REFERENCE / "speed" / machine / f"{preset}.json").read_text()) for machine in MACHINES.values()]
+    of_ways = [{t["way"]: t for t in timings["timings"] if t["work"] == work} for timings in kept]
+    heads = [f"{name}: ms" if head == "ms" else head for name in MACHINES for head in ("ms", "faster", "of the peak")]
+    lines = [[way, *(cell for timings in of_ways for cell in _time(timings, way))] for way in of_ways[0]]
+    print(markdown_table([[f"{work}, {preset}", *heads], *lines]))
 
 
 def increases(folder: str, formats: list[str]) -> list[Increases]:
@@ -102,8 +100,10 @@ def increases(folder: str, formats: list[str]) -> list[Increases]:
     return [by_format[name] for name in formats]
 
 
-def _share(of_peak: float | None) -> str:
-    return "-" if of_peak is None else f"{of_peak:.0%}"
+def _time(timings: dict[str, dict], way: str) -> tuple[str, str, str]:
+    seconds, of_peak = timings[way]["seconds"], timings[way]["of_peak"]
+    share = "-" if of_peak is None else f"{of_peak:.0%}"
+    return f"{1000 * seconds:.2f}", f"{timings['published']['seconds'] / seconds:.1f}x", share
 
 
 def _pair(value: float, error: float, digits: int) -> str:
