@@ -8,7 +8,7 @@ import torch
 
 from common.choose import rounding
 from common.choose.feedback import no_feedback
-from common.choose.output_bias import COEFFICIENT_STEP, COEFFICIENTS, MAPS, STEP, factor
+from common.choose.output_bias import MAPS, MIXTURE, MIXTURE_STEP, STEP, factor
 from common.ddpm.unet import OutputBias, UNet
 from common.formats import entropy
 from common.formats.packed import file_bytes, full_precision, load_model, save_model, tensor_shapes
@@ -18,7 +18,7 @@ from common.study.codings import EntropyCoding, coded_model
 from common.study.output_bias import OutputBiasFit, predict
 
 TINY = UNetConfig(channels=(4, 8, 16, 32, 32, 24), groups=4, heads=2, dropout=0.0, timesteps=1000)
-TIMESTEPS = torch.linspace(0, TINY.timesteps - 1, OutputBias.GRID).round().long()
+TIMESTEPS = torch.arange(49, TINY.timesteps, 50)  # of a sampler of 20 steps
 
 
 def rounded(model, step=1e-3):
@@ -47,18 +47,18 @@ def test_factors_of_a_known_product_give_it_back_to_half_a_step():
     of_time, of_pixels = rng.uniform(0.5, 1.5, (20, 1)), rng.normal(size=(1, 64))
     mean, error = of_time * of_pixels, np.full(20, 0.01)
     codes, steps = factor(mean, error, 1)
-    assert codes[MAPS].shape == (1, 64) and codes[COEFFICIENTS].shape == (20, 1)
-    assert steps == {MAPS: pytest.approx(0.01), COEFFICIENTS: COEFFICIENT_STEP}
-    product = codes[COEFFICIENTS] * steps[COEFFICIENTS] @ (codes[MAPS] * steps[MAPS])
+    assert codes[MAPS].shape == (1, 64) and codes[MIXTURE].shape == (20, 1)
+    assert steps == {MAPS: pytest.approx(0.01), MIXTURE: MIXTURE_STEP}
+    product = codes[MIXTURE] * steps[MIXTURE] @ (codes[MAPS] * steps[MAPS])
     largest = abs(of_pixels).max() * np.sqrt(np.square(of_time).mean())
-    bound = 1.6 * steps[MAPS] * STEP / 2 + largest * COEFFICIENT_STEP / 2  # of the maps, and of the coefficients
+    bound = 1.6 * steps[MAPS] * STEP / 2 + largest * MIXTURE_STEP / 2  # of the maps, and of the mixture
     assert abs(product - mean).max() < 1.05 * bound
 
 
 def test_rows_of_large_error_count_little():
-    mean = np.array([[1.0, 0.0], [0.0, 5.0]])
+    mean = np.array([[1.0, 0.0], [0.0, 5.0]])  # over the root of its error 10 and 5
     codes, steps = factor(mean, np.array([0.01, 1.0]), 1)
-    product = codes[COEFFICIENTS] * steps[COEFFICIENTS] @ (codes[MAPS] * steps[MAPS])
+    product = codes[MIXTURE] * steps[MIXTURE] @ (codes[MAPS] * steps[MAPS])
     assert product[0] == pytest.approx([1, 0], abs=0.8)  # maps in steps of the typical error, 0.7
     assert product[1] == pytest.approx([0, 0], abs=0.8)
 
@@ -67,12 +67,12 @@ def test_the_mixture_is_that_of_the_grid_and_interpolated_between():
     module = OutputBias(replace(TINY, output_bias=2))
     with torch.no_grad():
         module.maps[0], module.maps[1] = 1.0, 100.0
-        module.coefficients.copy_(torch.stack([torch.arange(20.0), torch.zeros(20)], dim=1))
-        module.coefficients[-1, 1] = 1.0
-        found = module(torch.tensor([0, 999, 111]))
-    assert found.shape == (3, 1, 32, 32)
-    assert found[0].eq(0).all() and torch.allclose(found[1], torch.tensor(19.0 + 100.0))
-    assert torch.allclose(found[2], torch.tensor(111 * 19 / 999))
+        module.mixture.copy_(torch.stack([torch.arange(1.0, 21.0), torch.zeros(20)], dim=1))
+        module.mixture[-1, 1] = 1.0
+        found = module(torch.tensor([0, 49, 99, 111, 999]))
+    assert found.shape == (5, 1, 32, 32)
+    expected = [1.0, 1.0, 2.0, 2 + 12 / 50, 20.0 + 100.0]  # below the grid as at its first timestep
+    assert torch.allclose(found, torch.tensor(expected)[:, None, None, None].expand_as(found))
 
 
 def test_a_network_without_it_is_as_before():

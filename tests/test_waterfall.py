@@ -83,7 +83,7 @@ def test_uniform_models_rounded_with_care(call, rounding):
     rows = {row.label: row for row in call("simplediffusion", "--format", "int3")}
     plain = rows["Uniform (INT3)"]
     assert row.rounding == rounding and plain.rounding is None
-    of_a_map = 1024 + 4 + 20 * 2  # its codes, its scale and its coefficients
+    of_a_map = 1024 + 4 + 20 * 2  # its codes, its scale and its part of the mixture
     more = of_a_map if rounding == "feedback" else 0
     assert row.size_mib * MIB == pytest.approx(plain.size_mib * MIB + more)
     assert row.weights != plain.weights and load_model(row.file).sha256 == row.weights

@@ -7,22 +7,25 @@ through weight equalization and bias correction"), at the output and at each tim
 
 import numpy as np
 
-MAPS, COEFFICIENTS = "output_bias.maps", "output_bias.coefficients"  # tensors of the network
-STEP = 1.0  # of the images, in standard errors of the mean error
-COEFFICIENT_STEP = 1 / 64
+MAPS, MIXTURE = "output_bias.maps", "output_bias.mixture"  # tensors of the network
+STEP = 1.0  # of the maps, in standard errors of the mean error
+MIXTURE_STEP = 1 / 64
 
 
 def factor(mean: np.ndarray, error: np.ndarray, rank: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """(codes, steps) of `MAPS` (rank, D) and `COEFFICIENTS` (T, rank) whose product is nearest to `mean` (T, D), an
-    error of the network at each timestep and pixel, where row t counts by its standard `error` (T,).
+    """(codes, steps) of `MAPS` (rank, D) and `MIXTURE` (T, rank) whose product is nearest to `mean` (T, D), an error of
+    the network at each timestep and pixel.
 
-    By the singular value decomposition (Eckart & Young 1936) of mean / error.
+    By the singular value decomposition (Eckart & Young 1936) of mean / sqrt(error), with the standard `error` (T,) of
+    each row: between errors that count alike and errors that count by how well they are known. Both alone leave more of
+    the error, the one where there is much noise, the other where there is little.
     """
-    left, values, right = np.linalg.svd(mean / error[:, None], full_matrices=False)
+    typical = float(np.sqrt(np.square(error).mean()))
+    spread = np.sqrt(error * typical)
+    left, values, right = np.linalg.svd(mean / spread[:, None], full_matrices=False)
     timesteps = len(mean)
     maps = values[:rank, None] * right[:rank] / np.sqrt(timesteps)
-    typical = float(np.sqrt(np.square(error).mean()))
-    coefficients = left[:, :rank] * np.sqrt(timesteps) * (error / typical)[:, None]
-    steps = {MAPS: STEP * typical, COEFFICIENTS: COEFFICIENT_STEP}
-    codes = {MAPS: np.rint(maps / STEP), COEFFICIENTS: np.rint(coefficients / COEFFICIENT_STEP)}
+    mixture = left[:, :rank] * np.sqrt(timesteps) * (spread / typical)[:, None]
+    steps = {MAPS: STEP * typical, MIXTURE: MIXTURE_STEP}
+    codes = {MAPS: np.rint(maps / STEP), MIXTURE: np.rint(mixture / MIXTURE_STEP)}
     return {name: of.astype(np.int64) for name, of in codes.items()}, steps

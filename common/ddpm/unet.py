@@ -91,23 +91,24 @@ def sinusoidal_embedding(timesteps: int, width: int) -> torch.Tensor:
 class OutputBias(nn.Module):
     """A mixture of few images, another at each timestep: what a quantized network's output lacks on average.
 
-    forward(t): t (N,) int64 in 0..T-1, returns (N, 1, 32, 32). Between the timesteps of `GRID` the mixture is
-    interpolated.
+    forward(t): t (N,) int64 in 0..T-1, returns (N, 1, 32, 32). The mixture is given at `GRID` timesteps, those of a
+    sampler of so many steps; between them it is interpolated, and below the first it stays. Timestep 0 is none of them:
+    the error there is many times as large, and would reach those that samplers meet.
     """
 
-    GRID = 20  # timesteps, evenly spaced from the first to the last
+    GRID = 20
 
     def __init__(self, config: UNetConfig):
         super().__init__()
-        self.last = config.timesteps - 1
+        self.per_timestep = self.GRID / config.timesteps
         self.maps = nn.Parameter(torch.zeros(config.output_bias, *config.image_shape))
-        self.coefficients = nn.Parameter(torch.zeros(self.GRID, config.output_bias))
+        self.mixture = nn.Parameter(torch.zeros(self.GRID, config.output_bias))
 
     def forward(self, t):
-        place = t * ((self.GRID - 1) / max(1, self.last))  # (N,)
+        place = ((t + 1) * self.per_timestep - 1).clamp(min=0)  # (N,)
         below = place.long().clamp(max=self.GRID - 2)
         share = (place - below).unsqueeze(1)
-        mixture = torch.lerp(self.coefficients[below], self.coefficients[below + 1], share)  # (N, maps)
+        mixture = torch.lerp(self.mixture[below], self.mixture[below + 1], share)  # (N, maps)
         return (mixture[:, :, None, None, None] * self.maps).sum(1)  # no product of matrices, which 8 bits would take
 
 

@@ -23,7 +23,7 @@ from common.study.budget_search import (
     margin_of,
     search,
 )
-from common.study.codings import Allocator, make_allocator
+from common.study.codings import Allocator, make_allocator, with_maps
 from common.study.diffusion_fisher import (
     curvature_metadata,
     curvature_table,
@@ -33,7 +33,7 @@ from common.study.diffusion_fisher import (
 from common.study.evaluate import Evaluator
 from common.study.finetuned import finetuned
 from common.study.held_out import Judged, held_out, judge
-from common.study.output_bias import measure_outputs
+from common.study.output_bias import BYTES_OF_A_MAP, affordable_maps, measure_outputs
 from common.study.rows import Figure
 from common.study.run import Run
 
@@ -206,12 +206,15 @@ class Maker:
         return self.fit(limit, self.values, self.metadata(asked))
 
     def finetuned(self, asked: str, limit: int, updates: int) -> Model:
-        """The model of at most `limit` bytes after so many updates. Raises BudgetError."""
-        plain = replace(self._allocator, bias=None)  # why: docs/quick.md
+        """The model of at most `limit` bytes after so many updates, which begin without maps of the output's bias and
+        leave room for them. Raises BudgetError."""
+        maps = affordable_maps(limit) if self.bias else 0
+        of_codes = limit - maps * BYTES_OF_A_MAP
         share = START_SHARE_OF_FEW if updates < FEW else START_SHARE
-        start = self.fit(int(share * limit), self.values, self.metadata(asked), plain)
+        start = self.fit(int(share * of_codes), self.values, self.metadata(asked), replace(self._allocator, bias=None))
         metadata = self.metadata(asked, "finetuned", updates=updates)
-        return finetuned(self.run, self.baseline, start, metadata, limit, updates)
+        trained = finetuned(self.run, self.baseline, start, metadata, of_codes, updates)
+        return distributed.on_first(lambda: with_maps(self.bias, trained, maps, limit)) if maps else trained
 
     def permuted(self, asked: str, limit: int, draws: int) -> Iterator[Model]:
         """The models of at most `limit` bytes by Fisher values that were permuted among tensors of like size. Feedback

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common.choose.output_bias import COEFFICIENTS, MAPS, factor
+from common.choose.output_bias import MAPS, MIXTURE, factor
 from common.ddpm.architecture import schedule_of
 from common.ddpm.digits import to_model_range
 from common.ddpm.noise import NoiseStreams
@@ -18,8 +18,8 @@ from common.runtime.device import derive_seed
 from common.study.run import Run
 
 BATCH = 32
-MOST_MAPS = 4
-BYTES_OF_A_MAP = 650  # about, with its coefficients
+MOST_MAPS = 6
+BYTES_OF_A_MAP = 460  # about, with its part of the mixture
 FINEST = 1e-3  # of a map's steps, as a share of the mean error: finer ones do not pay where all images err alike
 FILE_PER_MAP = 100  # a map may take one byte in so many of the file
 
@@ -55,7 +55,7 @@ class OutputBiasFit:
             return Model(config, stored, dict.fromkeys(shapes, "entropy"), model.metadata)
         more = {name: torch.from_numpy(of).float() * steps[name] for name, of in codes.items()}
         whole = Model(config, model.stored | more, model.formats | dict.fromkeys(more, "fp32"), model.metadata)
-        return whole.quantize([MAPS], "int8", {}).quantize([COEFFICIENTS], "fp16", {})
+        return whole.quantize([MAPS], "int8", {}).quantize([MIXTURE], "fp16", {})
 
 
 def measure_outputs(run: Run, baseline: Model) -> OutputBiasFit | None:
@@ -64,7 +64,7 @@ def measure_outputs(run: Run, baseline: Model) -> OutputBiasFit | None:
     if not isinstance(baseline.config, UNetConfig):
         return None
     schedule, digits = schedule_of(baseline.config, run.device), run.load_images("train")
-    timesteps = torch.linspace(0, schedule.timesteps - 1, OutputBias.GRID, device=run.device).round().long()
+    timesteps = torch.tensor(schedule.spaced_timesteps(OutputBias.GRID)[::-1], device=run.device).clamp(min=0)
     seed, count = derive_seed(0, "output bias"), max(2, run.preset.fisher_grid_digits)
     chosen = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))[:count]
     x0 = to_model_range(digits[chosen]).to(run.device)
