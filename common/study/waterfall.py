@@ -8,8 +8,7 @@ feedback from row to row too ("no output bias"); and the output's bias subtracte
 
 Further rows have all parts and a trellis ("trellis"), or all parts with steps by something else: Gauss-Newton values,
 mean squared weights ("magnitude"), or the same value for all tensors ("unweighted"). --finetune N adds a row with codes
-and steps that were trained for N updates, without the output's bias. The increase of the loss on held-out digits stands
-below the table.
+and steps that were trained for N updates. The increase of the loss on held-out digits stands below the table.
 """
 
 from collections.abc import Iterator
