@@ -89,7 +89,7 @@ def speed(preset: str, work: str) -> None:
     many times faster than the published way that is, and the share of the machine's peak."""
     kept = [json.loads((REFERENCE / "speed" / machine / f"{preset}.json").read_text()) for machine in MACHINES.values()]
     of_ways = [{t["way"]: t for t in timings["timings"] if t["work"] == work} for timings in kept]
-    heads = [f"{name}: ms" if head == "ms" else head for name in MACHINES for head in ("ms", "faster", "of the peak")]
+    heads = [head for name in MACHINES for head in (f"{name}: ms", "faster", "of the peak")]
     lines = [[way, *(cell for timings in of_ways for cell in _time(timings, way))] for way in of_ways[0]]
     print(markdown_table([[f"{work}, {preset}", *heads], *lines]))
 
