@@ -14,7 +14,7 @@ from common.formats import entropy
 from common.formats.packed import file_bytes, full_precision, load_model, save_model, tensor_shapes
 from common.presets import UNetConfig
 from common.study import codings, output_bias
-from common.study.codings import EntropyCoding, coded_model, with_maps
+from common.study.codings import EntropyCoding, coded_model
 from common.study.output_bias import OutputBiasFit, predict
 
 TINY = UNetConfig(channels=(4, 8, 16, 32, 32, 24), groups=4, heads=2, dropout=0.0, timesteps=1000)
@@ -136,9 +136,9 @@ def test_a_file_has_as_many_maps_as_fit_beside_its_codes(baseline, fit):
     sizes = [file_bytes(fit.correct(model, maps)) for maps in (1, 2, 3)]
     assert file_bytes(model) < sizes[0] < sizes[1] < sizes[2]
     for limit, maps in ((sizes[2], 3), (sizes[2] - 1, 2), (sizes[0], 1)):
-        found = with_maps(fit, model, 3, limit)
+        found = fit.correct(model, 3, limit)
         assert found.config.output_bias == maps and file_bytes(found) <= limit
-    assert with_maps(fit, model, 3, sizes[0] - 1) is model
+    assert fit.correct(model, 3, sizes[0] - 1) is model
 
 
 def test_a_model_without_an_error_has_maps_of_zeros(baseline, fit):

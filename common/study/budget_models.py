@@ -23,7 +23,7 @@ from common.study.budget_search import (
     margin_of,
     search,
 )
-from common.study.codings import Allocator, make_allocator, with_maps
+from common.study.codings import Allocator, make_allocator
 from common.study.diffusion_fisher import (
     curvature_metadata,
     curvature_table,
@@ -214,7 +214,7 @@ class Maker:
         start = self.fit(int(share * of_codes), self.values, self.metadata(asked), replace(self._allocator, bias=None))
         metadata = self.metadata(asked, "finetuned", updates=updates)
         trained = finetuned(self.run, self.baseline, start, metadata, of_codes, updates)
-        return distributed.on_first(lambda: with_maps(self.bias, trained, maps, limit)) if maps else trained
+        return distributed.on_first(lambda: self.bias.correct(trained, maps, limit)) if maps else trained
 
     def permuted(self, asked: str, limit: int, draws: int) -> Iterator[Model]:
         """The models of at most `limit` bytes by Fisher values that were permuted among tensors of like size. Feedback

@@ -113,15 +113,6 @@ class FixedWidths:
         return model
 
 
-def with_maps(bias: OutputBiasFit, model: Model, maps: int, limit: int) -> Model:
-    """The model with so many maps of `bias`, or as many as a file of `limit` bytes has room for beside its codes."""
-    for count in range(maps, 0, -1):
-        larger = bias.correct(model, count)
-        if file_bytes(larger) <= limit:
-            return larger
-    return model
-
-
 def corrected(bias: OutputBiasFit | None, limit: int, fit: Callable[[int], Model]) -> Model:
     """What `fit` makes in fewer bytes, with the maps of `bias` that a file of `limit` bytes can afford, if they fit.
     Raises BudgetError."""

@@ -1,7 +1,9 @@
 """Models of rounded weights whose output bias (`common.choose.output_bias`) is measured and taken off."""
 
+import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -12,7 +14,7 @@ from common.ddpm.digits import to_model_range
 from common.ddpm.noise import NoiseStreams
 from common.ddpm.unet import OutputBias
 from common.formats import entropy
-from common.formats.packed import Model, tensor_shapes
+from common.formats.packed import Model, file_bytes, tensor_shapes
 from common.presets import UNetConfig
 from common.runtime.device import derive_seed
 from common.study.run import Run
@@ -37,25 +39,38 @@ class OutputBiasFit:
     timesteps: torch.Tensor
     outputs: torch.Tensor
 
-    def correct(self, model: Model, maps: int) -> Model:
-        """A model with so many maps more, which take off the mean error of its output: coded with its weights, or int8
-        beside fp16 where these have formats of their own."""
-        errors = self.outputs - predict(model.network().to(self.inputs.device), self.inputs, self.timesteps, "bias")
-        of_pixels = errors.flatten(2).double().cpu()  # (T, N, D)
-        mean = of_pixels.mean(1)
-        noise = of_pixels.var(1).mean(1).div(of_pixels.shape[1]).sqrt()
+    def correct(self, model: Model, maps: int, limit: float = math.inf) -> Model:
+        """The model with so many maps more, which take off the mean error of its output, or as many as a file of
+        `limit` bytes has room for: the model itself where that is none."""
+        mean, noise = self._errors(model)
+        larger = (with_maps(model, mean, noise, count) for count in range(maps, 0, -1))
+        return next((model for model in larger if file_bytes(model) <= limit), model)
+
+    def _errors(self, model: Model) -> tuple[np.ndarray, np.ndarray]:
+        """What the model's output lacks: its mean (T, D) at each timestep and pixel, and the mean's standard error (T,)
+        in a typical pixel."""
+        outputs = predict(model.network().to(self.inputs.device), self.inputs, self.timesteps, "bias")
+        errors = (self.outputs - outputs).flatten(2).double().cpu()  # (T, N, D)
+        mean = errors.mean(1)
+        noise = errors.var(1).mean(1).div(errors.shape[1]).sqrt()
         noise = noise.maximum(FINEST * mean.square().mean(1).sqrt()).clamp(min=1e-12)
-        codes, steps = factor(mean.numpy(), noise.numpy(), maps)
-        config = replace(model.config, output_bias=maps)
-        shapes = {name: shape for name, (shape, _) in tensor_shapes(config).items()}
-        codes = {name: of.reshape(shapes[name]) for name, of in codes.items()}
-        if model.is_entropy_coded:
-            own = {name: shapes[name] for name in tensor_shapes(model.config)}
-            stored = entropy.extend(model.stored, own, codes, steps)
-            return Model(config, stored, dict.fromkeys(shapes, "entropy"), model.metadata)
-        more = {name: torch.from_numpy(of).float() * steps[name] for name, of in codes.items()}
-        whole = Model(config, model.stored | more, model.formats | dict.fromkeys(more, "fp32"), model.metadata)
-        return whole.quantize([MAPS], "int8", {}).quantize([MIXTURE], "fp16", {})
+        return mean.numpy(), noise.numpy()
+
+
+def with_maps(model: Model, mean: np.ndarray, noise: np.ndarray, maps: int) -> Model:
+    """The model with so many maps of an error's `mean` (T, D), known to within `noise` (T,): coded with its weights, or
+    int8 beside fp16 where these have formats of their own."""
+    codes, steps = factor(mean, noise, maps)
+    config = replace(model.config, output_bias=maps)
+    shapes = {name: shape for name, (shape, _) in tensor_shapes(config).items()}
+    codes = {name: of.reshape(shapes[name]) for name, of in codes.items()}
+    if model.is_entropy_coded:
+        own = {name: shapes[name] for name in tensor_shapes(model.config)}
+        stored = entropy.extend(model.stored, own, codes, steps)
+        return Model(config, stored, dict.fromkeys(shapes, "entropy"), model.metadata)
+    more = {name: torch.from_numpy(of).float() * steps[name] for name, of in codes.items()}
+    whole = Model(config, model.stored | more, model.formats | dict.fromkeys(more, "fp32"), model.metadata)
+    return whole.quantize([MAPS], "int8", {}).quantize([MIXTURE], "fp16", {})
 
 
 def measure_outputs(run: Run, baseline: Model) -> OutputBiasFit | None:
