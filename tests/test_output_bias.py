@@ -9,13 +9,14 @@ import torch
 from common.choose import rounding
 from common.choose.feedback import no_feedback
 from common.choose.output_bias import MAPS, MIXTURE, MIXTURE_STEP, STEP, factor
+from common.ddpm.architecture import schedule_of
 from common.ddpm.unet import OutputBias, UNet
 from common.formats import entropy
 from common.formats.packed import file_bytes, full_precision, load_model, save_model, tensor_shapes
 from common.presets import UNetConfig
 from common.study import codings, output_bias
 from common.study.codings import EntropyCoding, coded_model
-from common.study.output_bias import OutputBiasFit, predict
+from common.study.output_bias import OutputBiasFit, clipped_bias, predict
 
 TINY = UNetConfig(channels=(4, 8, 16, 32, 32, 24), groups=4, heads=2, dropout=0.0, timesteps=1000)
 TIMESTEPS = torch.arange(49, TINY.timesteps, 50)  # of a sampler of 20 steps
@@ -39,7 +40,7 @@ def baseline():
 @pytest.fixture(scope="module")
 def fit(baseline):
     inputs = torch.randn(OutputBias.GRID, 6, 1, 32, 32, generator=torch.Generator().manual_seed(1))
-    return OutputBiasFit(inputs, TIMESTEPS, predict(baseline.network(), inputs, TIMESTEPS, "test"))
+    return OutputBiasFit(schedule_of(TINY), inputs, TIMESTEPS, predict(baseline.network(), inputs, TIMESTEPS, "test"))
 
 
 def test_factors_of_a_known_product_give_it_back_to_half_a_step():
@@ -98,6 +99,19 @@ def test_a_known_shift_is_taken_off(of, baseline, fit):
     after = predict(corrected.network(), fit.inputs, TIMESTEPS, "test") - fit.outputs
     assert before.mean() == pytest.approx(0.5, abs=0.02)
     assert abs(after.mean()) < 0.02 and after.square().mean() < 0.01 * before.square().mean()
+
+
+@pytest.mark.parametrize("t", [49, 499, 999])
+def test_errors_that_clipping_makes_one_sided_are_taken_off(t):
+    """Of a digit that is -0.9 everywhere, errors of 0.2 make -0.7 and -1.1, clipped -1: on average -0.85 where it
+    should be -0.9. So -0.1 is missing, for then they are -0.8 and -1."""
+    schedule, x = schedule_of(TINY), torch.zeros(2, 1, 4, 4)
+    signs = torch.tensor([1.0, -1.0])[:, None, None, None].expand_as(x)
+    abar = float(schedule.alphas_cumprod[t])
+    per_x0 = -((abar / (1 - abar)) ** 0.5)  # of the noise
+    exact = torch.full_like(x, -0.9 * per_x0)
+    found = clipped_bias(schedule, x, t, exact, exact + 0.2 * per_x0 * signs)
+    assert torch.allclose(found / per_x0, torch.tensor(-0.1), atol=2e-4)
 
 
 @pytest.mark.parametrize("of", [rounded, in_int8])

@@ -54,6 +54,12 @@ class Schedule:
             x0 = output.clone()
         return x0 if self.clip is None else x0.clamp_(-self.clip, self.clip)
 
+    def noise_ratio(self, t: int) -> float:
+        """Standard deviation of the noise in x_t over the share of x_0: how far an error of the predicted noise moves
+        the predicted x_0."""
+        abar = self.alphas_cumprod[t]
+        return float(np.sqrt((1 - abar) / abar))
+
     def ddpm_step(self, x: torch.Tensor, output: torch.Tensor, t: int, noise: torch.Tensor) -> torch.Tensor:
         """x_{t-1} of the ancestral sampler with the posterior variance (Ho et al. 2020, eq. 7); no noise at t = 0."""
         abar, beta = self.alphas_cumprod[t], self.betas[t]

@@ -63,8 +63,8 @@ def draw_fid_against_size(rows: list[Row]):
                 axis.legend([of[label] for label in bands], bands, loc="upper right", fontsize=8)
         _plain_ticks(axis)
     around = ", linear around 0" if axes[0].get_yscale() == "symlog" else ""
-    axes[0].set(ylabel=f"{FID_NAMES[shown]} ({_features(rows)}{around})")
-    axes[1].set(ylabel="PSNR to the FP32 images, dB", title="colours as on the left")
+    axes[0].set(ylabel=f"{FID_NAMES[shown]} ({_features(rows)}{around})", title="What a file of this size costs")
+    axes[1].set(ylabel="PSNR to the FP32 images, dB", title="The same models: how near their images are to FP32's")
     figure.tight_layout()
     return figure
 

@@ -1,4 +1,9 @@
-"""Models of rounded weights whose output bias (`common.choose.output_bias`) is measured and taken off."""
+"""Models of rounded weights whose output bias (`common.choose.output_bias`) is measured and taken off.
+
+What has to be right on average is the digit that is predicted, after samplers have clipped it to the range of the data.
+Errors of either sign leave the mean of the output as it is, but where the digit is black the clipping drops those that
+would make it blacker: the ground becomes grey. So the bias is measured after the clipping.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -12,6 +17,7 @@ from common.choose.output_bias import MAPS, MIXTURE, factor
 from common.ddpm.architecture import schedule_of
 from common.ddpm.digits import to_model_range
 from common.ddpm.noise import NoiseStreams
+from common.ddpm.schedule import Schedule
 from common.ddpm.unet import OutputBias
 from common.formats import entropy
 from common.formats.packed import Model, file_bytes, tensor_shapes
@@ -24,6 +30,7 @@ MOST_MAPS = 6
 BYTES_OF_A_MAP = 460  # about, with its part of the mixture
 FINEST = 1e-3  # of a map's steps, as a share of the mean error: finer ones do not pay where all images err alike
 FILE_PER_MAP = 100  # a map may take one byte in so many of the file
+ROUNDS = 10  # of `clipped_bias`; each leaves the share of the images that are clipped at a pixel
 
 
 def affordable_maps(limit: int) -> int:
@@ -35,6 +42,7 @@ def affordable_maps(limit: int) -> int:
 class OutputBiasFit:
     """What the FP32 baseline predicts of inputs (T, N, C, H, W) at timesteps (T,): outputs of the inputs' shape."""
 
+    schedule: Schedule
     inputs: torch.Tensor
     timesteps: torch.Tensor
     outputs: torch.Tensor
@@ -47,14 +55,28 @@ class OutputBiasFit:
         return next((model for model in larger if file_bytes(model) <= limit), model)
 
     def _errors(self, model: Model) -> tuple[np.ndarray, np.ndarray]:
-        """What the model's output lacks: its mean (T, D) at each timestep and pixel, and the mean's standard error (T,)
-        in a typical pixel."""
+        """What the model's output lacks (`clipped_bias`), (T, D) at each timestep and pixel, and the standard error
+        (T,) of its mean in a typical pixel."""
         outputs = predict(model.network().to(self.inputs.device), self.inputs, self.timesteps, "bias")
+        at_each = zip(self.inputs, self.timesteps.tolist(), self.outputs, outputs, strict=True)
+        mean = torch.stack([clipped_bias(self.schedule, *of).flatten() for of in at_each]).double().cpu()
         errors = (self.outputs - outputs).flatten(2).double().cpu()  # (T, N, D)
-        mean = errors.mean(1)
         noise = errors.var(1).mean(1).div(errors.shape[1]).sqrt()
         noise = noise.maximum(FINEST * mean.square().mean(1).sqrt()).clamp(min=1e-12)
         return mean.numpy(), noise.numpy()
+
+
+def clipped_bias(
+    schedule: Schedule, x: torch.Tensor, t: int, exact: torch.Tensor, outputs: torch.Tensor
+) -> torch.Tensor:
+    """(C, H, W): what to add to the predicted noise `outputs` (N, C, H, W) of x at timestep t, so that the digits that
+    they imply, clipped, have the mean of those that the `exact` outputs imply. Begins with the mean difference, and
+    moves on by what is still missing."""
+    wanted, noise_of_x0 = schedule.predict_x0(x, exact, t).mean(0), schedule.noise_ratio(t)
+    bias = (exact - outputs).mean(0)
+    for _ in range(ROUNDS):
+        bias = bias + (schedule.predict_x0(x, outputs + bias, t).mean(0) - wanted) / noise_of_x0
+    return bias
 
 
 def with_maps(model: Model, mean: np.ndarray, noise: np.ndarray, maps: int) -> Model:
@@ -86,7 +108,7 @@ def measure_outputs(run: Run, baseline: Model) -> OutputBiasFit | None:
     streams = NoiseStreams(seed, range(len(x0)), x0.shape[1:])
     inputs = torch.stack([schedule.add_noise(x0, t.expand(len(x0)), streams.draw(run.device)) for t in timesteps])
     outputs = predict(baseline.network().to(run.device), inputs, timesteps, "FP32 outputs")
-    return OutputBiasFit(inputs, timesteps, outputs)
+    return OutputBiasFit(schedule, inputs, timesteps, outputs)
 
 
 @torch.inference_mode()
