@@ -5,13 +5,15 @@
 
 Quality is the unbiased FID of the baseline, on the same noise, less that of DDPM over all timesteps by torch in FP32: a
 way is as good where that is at most one standard error above zero. The ways are DPM-Solver++ in each of the --dpm steps
-by each engine in each precision; one whose fewer steps are good enough is not tried with more. Times are measured in
-turn, as benchmarks.speed does: what a step takes, times the steps. The published way is 1,000 steps, one image at a
-time, in FP32; its images are those of DDPM. The rows join results.jsonl.
+by each engine in each precision (torch in bfloat16 where the processor has it, OpenVINO where it is installed); one
+whose fewer steps are good enough is not tried with more. Times are measured in turn, as benchmarks.speed does: what a
+step takes, times the steps. The published way is 1,000 steps, one image at a time, in FP32; its images are those of
+DDPM. The rows join results.jsonl.
 """
 
 import statistics
 from dataclasses import dataclass, replace
+from functools import partial
 
 from common.errors import run_main
 from common.options import positive_int, script_parser
@@ -37,10 +39,13 @@ def main():
     parser = script_parser(__doc__)
     parser.add_argument("--dpm", type=positive_int, nargs="+", default=[10, 15, 20, 30], metavar="N", help="steps")
     options = parser.parse_args()
-    if options.sampler or options.steps or (options.engine, options.precision) != ("torch", "fp32"):
-        parser.error("--sampler, --steps, --engine, --precision: all are compared; leave them out")
+    given = options.sampler or options.steps or options.eta is not None
+    if given or (options.engine, options.precision) != ("torch", "fp32"):
+        parser.error("--sampler, --steps, --eta, --engine, --precision: all are compared; leave them out")
 
+    from common.engines.openvino import installed_version
     from common.runtime import distributed
+    from common.runtime.device import bf16_is_faster
     from common.study.baselines import load_baseline
     from common.study.evaluate import baseline_row, make_evaluator, settings_of, with_engine
     from common.study.run import start
@@ -52,28 +57,30 @@ def main():
     if max(options.dpm) > timesteps:
         parser.error(f"argument --dpm: {max(options.dpm)}: there are {timesteps} timesteps; give at most as many")
     baseline, by_torch = load_baseline(run), make_evaluator(run)
-    evaluators = {
-        "torch fp32": by_torch,
-        "torch bf16": replace(by_torch, sampling=replace(run.sampling, precision="bf16")),
-    }
-    if run.device.type == "cpu":
+    evaluators = {"torch fp32": by_torch}
+    if bf16_is_faster(run.device):
+        evaluators["torch bf16"] = replace(by_torch, sampling=replace(run.sampling, precision="bf16"))
+    if run.device.type == "cpu" and all(map(installed_version, ("openvino", "nncf"))):
         evaluators |= {f"openvino {p}": with_engine(run, by_torch, p) for p in PRECISIONS}
 
-    def measure(evaluator, sampler: str, steps: int):
-        one = replace(evaluator, sampling=replace(evaluator.sampling, sampler=sampler, steps=steps, eta=1.0))
+    def in_steps(evaluator, sampler: str, steps: int):
+        return replace(evaluator, sampling=replace(evaluator.sampling, sampler=sampler, steps=steps, eta=1.0))
+
+    def measure(one):
         measured = one.measure(baseline)
         if distributed.rank() == 0:
             run.results.add([baseline_row(settings_of(run, one, baseline.sha256), baseline, measured, run.checkpoint)])
         return measured.scores.fid_unbiased
 
-    reference = measure(by_torch, "ddpm", timesteps)
+    reference = measure(in_steps(by_torch, "ddpm", timesteps))
     found = {}
     for name, evaluator in evaluators.items():
         for steps in sorted(options.dpm):
-            found[name, steps] = measure(evaluator, "dpm++", steps).minus(reference)
+            evaluators[name] = in_steps(evaluator, "dpm++", steps)
+            found[name, steps] = measure(evaluators[name]).minus(reference)
             if found[name, steps][0] <= found[name, steps][1]:
                 break
-    ms = step_times(run, baseline.network(), list(evaluators))
+    ms = step_times(run, baseline, evaluators)
     ways = [
         Way(f"published: DDPM {timesteps}, one at a time", timesteps * ms["published"], (0.0, 0.0)),
         Way(f"DDPM {timesteps}, torch fp32", timesteps * ms["torch fp32"], (0.0, 0.0)),
@@ -82,23 +89,25 @@ def main():
     print(format_ways(ways))
 
 
-def step_times(run, network, names: list[str]) -> dict[str, float]:
-    """{name: milliseconds of an image and step}, the median of `ROUNDS` rounds in which each has its turn."""
+def step_times(run, baseline, evaluators: dict) -> dict[str, float]:
+    """{name: milliseconds of an image and step}, the median of `ROUNDS` rounds in which each has its turn. OpenVINO
+    runs what the images of its evaluator were made with."""
     import torch
     from tqdm import tqdm
 
     from benchmarks import published
-    from benchmarks.speed import openvino_ways, sampling, spawned_process
+    from benchmarks.speed import openvino_sampling, sampling, spawned_process
+    from common.engines.integers import stored_integers
 
-    network = network.to(run.device, memory_format=torch.channels_last).eval()
-    batch = run.sampling.batch_size
-    works = {
-        f"torch {p}": lambda p=p: sampling(network, run.device, batch, p)
-        for p in ("fp32", "bf16")
-        if f"torch {p}" in names
-    }
-    if any(name.startswith("openvino") for name in names):
-        works |= {f"openvino {precision}": work for precision, work in openvino_ways(network, batch).items()}
+    network = baseline.network().to(run.device, memory_format=torch.channels_last).eval()
+    batch, works = run.sampling.batch_size, {}
+    for name, evaluator in evaluators.items():
+        if evaluator.engine is None:
+            works[name] = partial(sampling, network, run.device, batch, evaluator.sampling.precision)
+        else:
+            prepare = evaluator.engine.prepare(baseline.sha256, stored_integers(baseline))
+            denoise = prepare(baseline.network(), evaluator.sampling, run.device)
+            works[name] = partial(openvino_sampling, denoise, run.preset.network.timesteps, batch)
     with spawned_process() as apart:
         works["published"] = lambda: apart.submit(published.sampling, run.preset.network, run.device).result()
         times = {name: [] for name in works}

@@ -128,7 +128,11 @@ _TEXTS = ("label", "strategy", "setting", "variant", "format", "timestep_weighti
 _PATHS = ("file", "image_file")  # which may hold any character
 _COUNTS = ("draw", "updates", "digits_seen")
 _SIZES = ("size_mib", "file_mib", "ms_per_step")
-_NOT_ALWAYS = ("loss_increase", "place", "size_apart", "nearest_training_digit", "training_digit_excess", "ms_per_step")
+_DIFFERENCES = ("fid_difference", "fid_unbiased_difference", "kid_difference", "psnr", "changed")
+_NOT_ALWAYS = (
+    "loss_increase", "place", "size_apart", "nearest_training_digit", "training_digit_excess", "ms_per_step",
+    *_DIFFERENCES,  # where the baseline is at hand
+)  # fmt: skip
 
 
 def row_from_json(flat: dict) -> Row:
@@ -250,7 +254,7 @@ class ResultStore:
 
     def add(self, rows: Iterable[Row]) -> None:
         """Adds rows; those of the same identity are replaced where they stand, but for what the new one does not say of
-        the loss or of copies of training digits: the same weights have the same."""
+        the loss, the baseline or copies of training digits: the same weights have the same."""
         with locked(self.path):
             kept = {row.identity: row for row in self.rows()}
             for row in rows:

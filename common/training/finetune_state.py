@@ -73,4 +73,4 @@ def load_state(
         p.data.copy_(tensors[name])
         if f"step/{name}" in tensors:
             moments = {key: torch.empty_like(p).copy_(tensors[f"{key}/{name}"]) for key in MOMENTS}
-            optimizer.state[p] = {"step": tensors[f"step/{name}"], **moments}
+            optimizer.state[p] = {"step": tensors[f"step/{name}"].to(p.device), **moments}  # where its kernel reads it
