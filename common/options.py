@@ -198,7 +198,11 @@ def _add_sampling(group) -> None:
         metavar="N",
         help="draw the images N times, with consecutive seeds; a row has the mean over the draws",
     )
-    group.add_argument("--sampler", choices=("ddpm", "ddim", "dpm++"), help="default: the preset's")
+    group.add_argument(
+        "--sampler",
+        choices=("ddpm", "ddim", "dpm++"),
+        help="default: the preset's; with --eta ddim; with --steps dpm++ in place of ddpm",
+    )
     group.add_argument(
         "--steps", type=positive_int, metavar="N", help="of ddim and dpm++; default: the preset's; ddpm takes all 1000"
     )

@@ -435,7 +435,11 @@ def paths_checkpoint() -> Iterator[Case]:
     yield case(
         "--retrain over a quantized model", f"simplediffusion.py {QUICK} --retrain --checkpoint {PACKED}", PACKED
     )
+    for option in ("--format int4", "--format int4 --rounding feedback"):
+        line = f"simplediffusion.py {QUICK} --checkpoint {PACKED} {option}"
+        yield case(f"{option} of a quantized model", line, "--format int4", PACKED, "leave the option out")
     retrain = f"simplediffusion.py {QUICK} --retrain --checkpoint"
+    yield case("--baseline of a training", f"{retrain} new.safetensors --baseline {BASELINE}", "--baseline")
     yield case("--retrain a folder", f"{retrain} folder", "--checkpoint", "folder", setup=folder_at("folder"))
     yield case("--retrain a pipe", f"{retrain} pipe", "--checkpoint", "pipe", setup=pipe_at("pipe"))
     yield case("--retrain a loop", f"{retrain} loop", "--checkpoint", "loop", setup=loop_at("loop"))

@@ -156,11 +156,11 @@ def test_a_weight_in_another_memory_format_resumes_to_the_same_bytes(monkeypatch
 def test_the_key_differs_with_all_that_the_result_depends_on(monkeypatch):
     settings = {
         "network": "a" * 64, "weights": "b" * 64, "steps": {"w": 0.1}, "data": "mnist", "seed": 0,
-        "precision": "fp32", "updates": 10, "limit": 1000,
+        "precision": "fp32", "updates": 10, "limit": 1000, "device": "cpu",
     }  # fmt: skip
     others = {
         "network": "c" * 64, "weights": "c" * 64, "steps": {"w": 0.2}, "data": "mnist5k", "seed": 1,
-        "precision": "bf16", "updates": 11, "limit": 1001,
+        "precision": "bf16", "updates": 11, "limit": 1001, "device": "a GPU",
     }  # fmt: skip
     keys = [finetuning.state_key(**settings), *(finetuning.state_key(**settings | {k: v}) for k, v in others.items())]
     constants = [(finetuning, name) for name in ("METHOD_VERSION", "RATE", "STEP_RATE", "WARMUP")]

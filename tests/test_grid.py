@@ -104,7 +104,8 @@ def test_several_models_stand_below_real_digits(files, command, monkeypatch):
     [
         ("a.safetensors --png full", "--png full: is there and not an empty folder; name a new one"),
         ("a.safetensors --png a.safetensors", "--png a.safetensors: is there and not an empty folder"),
-        ("a.safetensors full/a.safetensors", "full/a.safetensors: the images are named by their model's file"),
+        ("a.safetensors full/a.safetensors --png new", "full/a.safetensors: --png names images by their model's file"),
+        ("a.safetensors a.safetensors", "a.safetensors: is named twice; leave one out"),
         ("a.safetensors b.safetensors --images 65", "--images 65: a line holds 64; give fewer, or --png DIR"),
         ("a.safetensors large.safetensors", "large.safetensors: makes 16x16 images of 3 channels, a.safetensors 32x32"),
         ("a.safetensors short.safetensors", "short.safetensors: has other timesteps than a.safetensors"),

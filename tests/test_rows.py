@@ -41,7 +41,9 @@ def test_a_row_measured_again_keeps_what_was_said_of_its_loss(tmp_path):
     assert store.rows() == [replace(JUDGED, digits_seen=5)]
     store.add([replace(JUDGED, loss_increase=Figure(1, 2), place=None)])
     store.add([replace(JUDGED, weights="others", loss_increase=None, place=None, size_apart=None)])
+    store.add([replace(JUDGED, psnr=None, loss_increase=None)])  # a file alone, whose baseline is not at hand
     judged, other = store.rows()
+    assert judged.psnr == JUDGED.psnr
     assert (judged.loss_increase, judged.place) == (Figure(1, 2), (3, 20)) and other.place is None
 
 

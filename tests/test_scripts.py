@@ -508,12 +508,15 @@ def test_report_keeps_settings_apart(call, trained, monkeypatch, capsys):
 
 
 def test_dry_run_of_the_published_size(call, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("common.study.run.cost_estimate", lambda run: "cost")  # times the network, which takes seconds
-    monkeypatch.setattr(sys, "argv", ["simplediffusion.py", "--preset", "paper", "--device", "cpu", "--dry-run"])
+    # In place of timing the network, which takes seconds.
+    monkeypatch.setattr("common.study.run.cost_estimate", lambda run: f"cost of {run.training.steps} steps")
+    line = "simplediffusion.py --preset paper --device cpu --dry-run --training-steps 7"
+    monkeypatch.setattr(sys, "argv", line.split())
     with pytest.raises(SystemExit, match="0"):
         importlib.import_module("simplediffusion").main()
     printed = capsys.readouterr().out
     assert "35,178,689 parameters" in printed and "58 weights" in printed
+    assert "cost of 7 steps" in printed
     assert "baseline FP32 134.20 MiB" in printed and "uniform FP16 67.70 MiB (49.55% smaller)" in printed
     assert not list(tmp_path.iterdir())
 

@@ -41,9 +41,11 @@ def load_checkpoint(run: Run) -> Model:
     if run.checkpoint == run.model:
         return distributed.on_first(lambda: read_folder(run.model, run.preset_name))
     if not is_there(run.checkpoint):
+        is_usual = run.checkpoint == preset_checkpoint(run.preset_name)
+        named = "" if is_usual else f" --retrain --checkpoint {run.checkpoint}"
         raise UserError(
             f"--checkpoint {run.checkpoint}: no such file; make the baseline with: "
-            f"python simplediffusion.py --preset {run.preset_name}"
+            f"python simplediffusion.py --preset {run.preset_name}{named}"
         )
     model = read_checkpoint(run.checkpoint)
     if not run.is_own:

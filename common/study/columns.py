@@ -57,13 +57,15 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "FID at N": _figure("fid", 3),
     "FID at N - FP32": _figure("fid_difference", 4),
     "tensors MiB": lambda row: _size(row.size_mib),
-    "loss increase": _figure("loss_increase", 4),
+    "loss increase x1000": _figure("loss_increase", 4, 1000),
     "permutations as good": lambda row: NOTHING if row.place is None else "{} of {}".format(*row.place),
-    "p": lambda row: NOTHING if row.place is None else f"{(row.place[0] + 1) / (row.place[1] + 1):.2f}",
+    "p": lambda row: NOTHING if row.place is None else f"{(row.place[0] + 1) / (row.place[1] + 1):.2g}",
     "published FID / MiB": _published,
 }
 MAIN = ("unbiased FID", "- FP32", "KID - FP32", "PSNR dB", "changed %", "MiB", "smaller")
-MORE = ("Score", "KID x1000", "FID at N", "FID at N - FP32", "tensors MiB", "loss increase", "published FID / MiB")
+MORE = (
+    "Score", "KID x1000", "FID at N", "FID at N - FP32", "tensors MiB", "loss increase x1000", "published FID / MiB",
+)  # fmt: skip
 
 
 def filled(columns: tuple[str, ...], rows: list[Row]) -> list[str]:

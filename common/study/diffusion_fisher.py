@@ -78,6 +78,7 @@ def _table(
     grid = [int((i + 0.5) * schedule.timesteps / FISHER_GRID) for i in range(FISHER_GRID)]
     settings = {
         "data": run.data,
+        "device": run.sampling.device,  # another rounds otherwise
         "digits": preset.fisher_digits,
         "grid_digits": preset.fisher_grid_digits,
         "grid": grid,

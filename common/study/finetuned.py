@@ -28,7 +28,8 @@ def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: in
     """
     steps = dict(zip(model.state, model.stored["entropy:steps"].tolist(), strict=True))
     precision, seed = training_precision(run.device), run.training.seed
-    key = state_key(baseline.sha256, model.sha256, steps, run.data, seed, precision, limit=limit, updates=updates)
+    more = {"limit": limit, "updates": updates, "device": run.sampling.device}
+    key = state_key(baseline.sha256, model.sha256, steps, run.data, seed, precision, **more)
     state_path = run.out / f"finetuning-{key[:16]}.safetensors"
     kept_path = run.out / "finetuned" / f"{key[:16]}-{limit}.safetensors"
     kept = distributed.on_first(lambda: _kept_result(kept_path, metadata))

@@ -145,14 +145,15 @@ def draw_learning_curve(rows: list[Row]):
 
 
 def _drawn_as(row: Row) -> str:
-    """What a row is drawn as: budgets by coding, rounding, variant and the weighting of timesteps, the others by their
-    rule and rounding."""
+    """What a row is drawn as: budgets by coding, rounding, variant, updates and the weighting of timesteps, the others
+    by their rule and rounding."""
     if row.strategy != "Budget":
         return ", ".join(filter(None, [row.strategy, row.rounding]))
     weighting = f"{_values_of(row)} values: {row.timestep_weighting}"
     if weighting == "Fisher values: image":  # the default
         weighting = None
-    return ", ".join(filter(None, ["Budget", row.format, row.rounding, row.variant, weighting]))
+    variant = f"{row.updates} updates" if row.updates else row.variant
+    return ", ".join(filter(None, ["Budget", row.format, row.rounding, variant, weighting]))
 
 
 def _features(rows: list[Row]) -> str:

@@ -47,6 +47,8 @@ def main():
     from common.runtime.files import write_atomically
     from common.study.run import choose_method, preset_of
 
+    if options.png and len({path.stem for path in options.files}) < len(options.files):
+        raise UserError(f"FILE {options.files[-1]}: --png names images by their model's file; give names that differ")
     models, device = read_models(options.files), choose_device(options.device)
     usual = preset_of(models[options.files[0]].config)
     sampler, steps, eta = choose_method(options.sampler, options.steps, options.eta, usual)
@@ -83,9 +85,9 @@ def read_models(paths: list[Path]) -> dict:
     """{path: model}, of one shape of images and number of timesteps. Raises UserError."""
     from common.study.run import read_checkpoint, shape_text
 
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        raise UserError(f"FILE {twice[0]}: is named twice; leave one out")
     models = {path: read_checkpoint(path, "FILE") for path in paths}
-    if len({path.stem for path in paths}) < len(paths):
-        raise UserError(f"FILE {paths[-1]}: the images are named by their model's file; give names that differ")
     shapes = {path: model.config.image_shape for path, model in models.items()}
     first = shapes[paths[0]]
     if first[0] not in (1, 3, 4):

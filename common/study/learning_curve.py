@@ -1,7 +1,7 @@
 """How FID falls during training: scores the weights that `simplediffusion.py --keep-every N` kept.
 
-    python simplediffusion.py --preset quick --retrain --keep-every 2000
-    python -m common learning-curve --preset quick
+    python simplediffusion.py --preset quick --retrain --keep-every 2000 --checkpoint mine.safetensors
+    python -m common learning-curve --preset quick --checkpoint mine.safetensors
     python -m common report --preset quick        # draws the curve, too
 
 Adds a row for each set of weights, with its difference to the baseline, the weights at the end of the training.
@@ -28,7 +28,10 @@ def main():
     names = sorted(path for path in pattern.parent.iterdir() if path.name.startswith(begin) and path.name.endswith(end))
     kept = {path: read_checkpoint(path) for path in names}
     if not kept:
-        raise UserError(f"{pattern}: no such file; make them with: simplediffusion.py --retrain --keep-every N")
+        raise UserError(
+            f"{pattern}: no such file; make them with: "
+            "simplediffusion.py --retrain --keep-every N --checkpoint FILE, and name the same FILE here"
+        )
     for path, model in kept.items():
         if model.metadata["training"] != baseline.metadata["training"]:
             raise UserError(f"{path} is of another training than {run.checkpoint}; delete it")

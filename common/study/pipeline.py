@@ -256,8 +256,7 @@ def run_baseline(
     """What simplediffusion.py does: train where needed, then the rows of the baseline and of the uniform model; or,
     where --checkpoint is a packed model, that model's row under those of its baseline, which `original` may name.
     `changed`: fields of the training that are not the preset's, {"steps" or "seed": value}."""
-    run = start(options)
-    run = replace(run, training=replace(run.training, **changed))
+    run = start(options, **changed)
     named = options.checkpoint is not None
     given = {f"--training-{name}": value for name, value in changed.items()} | {"--keep-every": keep_every}
     if not run.is_own:
@@ -272,6 +271,8 @@ def run_baseline(
     if keep_every is not None and keep_every >= run.training.steps:
         raise UserError(f"--keep-every {keep_every}: the training has {run.training.steps} steps; give fewer")
     if trains:
+        if original is not None:
+            raise UserError(f"--baseline {original}: goes with a packed --checkpoint; leave it out")
         evaluator = make_evaluator(run)
         distributed.on_first(lambda: baselines.check_training(run, named))
         model = baselines.train(run, keep_every)
@@ -281,6 +282,9 @@ def run_baseline(
             raise UserError(f"--baseline {original}: {run.checkpoint} is a baseline itself; leave the option out")
     if not model.is_baseline:
         said_of(model)  # raises, before any work, where no row can hold it
+        for option, value, usual in (("--format", run.fmt, "fp16"), ("--rounding", options.rounding, "nearest")):
+            if value != usual:
+                raise UserError(f"{option} {value}: {run.checkpoint} is quantized already; leave the option out")
         baseline, path = baselines.original_of(run, model, original)
         origin = model.metadata.get("baseline")
         print_rows(run, measure_models(run, make_evaluator(run), origin, baseline, path, [model]))

@@ -252,11 +252,13 @@ def choose_preset(asked: str | None, checkpoint: Path | None) -> tuple[str, str]
     return ("paper", "CUDA is available") if torch.cuda.is_available() else ("quick", "no CUDA device here")
 
 
-def start(options: argparse.Namespace) -> Run:
+def start(options: argparse.Namespace, **training: int) -> Run:
     """`resolve`, and then what a run begins with: sets up torch, joins the processes, says what will be used and why,
-    and checks the folders that will be written. Under --dry-run prints sizes and cost instead, and ends the program."""
+    and checks the folders that will be written. Under --dry-run prints sizes and cost instead, and ends the program.
+    training: fields of it that are not the preset's."""
     set_up_torch()
     run = resolve(options)
+    run = replace(run, training=replace(run.training, **training))
     device = distributed.start(run.device)
     sampling = replace(run.sampling, device=distributed.broadcast(device_name(device)))
     run = replace(run, device=device, sampling=sampling)

@@ -39,7 +39,7 @@ def state_key(network: str, weights: str, steps: dict[str, float], data: str, se
     """64 hexadecimal digits that differ wherever `finetune` would give other weights: a name for its state.
 
     network, weights: hashes of the network's own weights and of those it starts from; data, seed: of its digits; more:
-    limit and updates.
+    limit, updates and device.
     """
     method = [METHOD_VERSION, RATE, STEP_RATE, WARMUP, quantized.INSIDE, REFRESH, RECOUNT, RECOUNT_WEIGHTS, SPARE]
     method += [price.ABSENT, price.PROPORTIONAL, price.INTEGRAL, price.FARTHEST, price.MEMORY]

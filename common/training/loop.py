@@ -175,8 +175,8 @@ def _require_finite(losses: torch.Tensor) -> None:
     finite = losses.isfinite()
     if not finite.all():
         raise TrainingError(
-            f"the loss is not finite at step {int((~finite).nonzero()[0])}; "
-            "the last good state is kept; lower the learning rate in common/presets.py and use --retrain"
+            f"the loss is not finite at step {int((~finite).nonzero()[0])}; the last good state is kept; "
+            "to train with a lower learning rate, change it in common/presets.py, delete the state and use --retrain"
         )
 
 
