@@ -200,7 +200,13 @@ def padded():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("build", [convolutions, normalised, padded, Twice, Tied, Borrowed, Merged, PlacesFirst, Bare])
+def normalised_vectors():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.GroupNorm(2, 8), nn.Tanh(), nn.Linear(8, 5))
+
+
+@pytest.mark.parametrize(
+    "build", [convolutions, normalised, normalised_vectors, padded, Twice, Tied, Borrowed, Merged, PlacesFirst, Bare]
+)
 def test_any_module_and_loss(build):
     torch.manual_seed(3)
     samples = torch.randn(7, 1, 4, 3), torch.randint(5, (7,))
@@ -339,10 +345,11 @@ def test_a_table_of_zeros_or_nan_is_said_in_one_line():
     network, (x, y) = regression(4)
     for loss, message in (
         (lambda call, x, y: call(x).squeeze(1) * 0, "all Fisher values are zero"),
+        (lambda call, x, y: (y - 1).square(), "all Fisher values are zero"),  # which has no graph at all
         (lambda call, x, y: call(x).squeeze(1) * torch.inf, "the Fisher value of weight is not finite"),
     ):
         with pytest.raises(UserError, match=message):
-            information.measure(network, loss, {1: (x, y)}, "w" * 64, {}, [])
+            information.measure(network, loss, [(1, (x, y))], "w" * 64, {}, [])
 
 
 def test_bfloat16_weights_have_fisher_values():
@@ -404,8 +411,8 @@ def test_a_table_that_lacks_an_entry_is_refused(tmp_path):
 
 def test_measure_fills_a_row_for_each_timestep():
     network, (x, y) = regression(12)
-    table = information.measure(network, squared_loss, {1: (x[:5], y[:5]), 25: (x, y)}, "w" * 64, {}, [1.0])
-    assert (table.names, table.timesteps, table.samples) == (["weight", "bias"], [1, 25], [5, 12])
+    table = information.measure(network, squared_loss, [(1, (x[:5], y[:5])), (1, (x, y))], "w" * 64, {}, [1.0])
+    assert (table.names, table.timesteps, table.samples) == (["weight", "bias"], [1, 1], [5, 12])  # as of few timesteps
     for row, n in enumerate((5, 12)):
         mean, error = fisher_information(network, squared_loss, (x[:n], y[:n]))
         assert table.values[row].tolist() == [mean["weight"], mean["bias"]]
@@ -518,7 +525,7 @@ def test_fisher_table_measures_the_model_at_hand(run_and_model, monkeypatch):
 
     monkeypatch.setattr(information, "measure", spy)
     table = diffusion_fisher.fisher_table(run, model)
-    network, (x0, t, noise) = seen["network"], seen["batches"][1]
+    network, (x0, t, noise) = seen["network"], seen["batches"][0][1]
     assert not network.training
     assert sealed.hash_tensors(network.state_dict()) == model.sha256
     assert x0.min() == -1 and x0.max() == 1 and t.tolist() == [1] * len(x0)

@@ -379,6 +379,7 @@ def edit(**changes):
         edit(kernel_mean=None),
         edit(kernel_mean=float("inf")),
         edit(kernel_mean="1.0"),
+        edit(kernel_mean=10**400),
     ],
 )
 def test_damaged_reference_is_made_anew(tmp_path, digits, capsys, damage):
@@ -545,6 +546,14 @@ def test_sixteen_bits_become_eight(tmp_path):
     Image.fromarray(values.astype(np.uint16)).save(tmp_path / "a.png")
     expected = [0, 0, 1, 1, 1, 1, 127, 128, 254, 255, 255]
     assert load_folder(tmp_path)[0].flatten()[:11].tolist() == expected
+
+
+def test_pictures_are_upright_as_their_camera_says(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: the first row is on the right
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(load_folder(tmp_path)[0], np.rot90(pixels, -1))
 
 
 def test_one_bit_is_black_or_white(tmp_path):

@@ -15,10 +15,12 @@ import common
 from common.choose.layers import check_groups, layer_of, layer_weights, layers_in_order, parse_groups
 from common.choose.rules import below_group_mean
 from common.ddpm.folder import is_held_out, load_folder
-from common.errors import UserError
+from common.errors import UserError, WriteError
+from common.formats import diffusers_folder
 from common.formats.diffusers_folder import read_folder, write_folder
 from common.formats.packed import load_model, save_model, tensor_shapes
 from common.metrics.features import load_features
+from common.runtime.files import write_atomically
 
 BLOCKS = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
 SMALL = {"sample_size": 16, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1,
@@ -108,6 +110,23 @@ def test_a_packed_file_needs_nothing_else(folders, tmp_path, fmt):
     x, t = torch.randn(1, 3, 16, 16), torch.tensor([3])
     with torch.no_grad():
         assert torch.equal(network(x, t).sample, packed.network()(x, t))
+
+
+def test_a_folder_that_could_not_be_written_is_left_empty(folders, tmp_path, monkeypatch):
+    model, written = read_folder(folders / "pipeline", "mine"), []
+
+    def full(path, content):
+        if written:
+            raise WriteError(f"{path}: cannot be written (No space left on device)")
+        written.append(write_atomically(path, content))
+
+    monkeypatch.setattr(diffusers_folder, "write_atomically", full)
+    (tmp_path / "there").mkdir()
+    for folder, left in ((tmp_path / "there", True), (tmp_path / "new", False)):
+        written.clear()
+        with pytest.raises(WriteError):
+            write_folder(model, folder)
+        assert written and folder.exists() == left and not list(folder.rglob("*"))
 
 
 def test_an_unpacked_folder_makes_the_images_of_the_packed_model(folders, tmp_path):
@@ -205,6 +224,8 @@ CONFIGS = {
     "no size": ("unet", {"sample_size": None}, "sample_size"),
     "a text for a number": ("unet", {"layers_per_block": "two"}, "layers_per_block of two"),
     "a huge number": ("unet", {"layers_per_block": 10**9}, "layers_per_block"),
+    "a number that no float holds": ("scheduler", {"beta_end": 10**400}, "beta_end"),
+    "one timestep": ("scheduler", {"num_train_timesteps": 1}, "num_train_timesteps of 1"),
     "an unknown entry": ("unet", {"addition_embed_type": "text"}, "addition_embed_type"),
     "an unknown block": ("unet", {"down_block_types": ["DownBlock2D", "KDownBlock2D"]}, "down_block_types"),
     "lists of two lengths": ("unet", {"block_out_channels": [8, 16, 16]}, "not of one length"),

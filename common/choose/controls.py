@@ -9,7 +9,7 @@ import torch
 from common.presets import FORMATS
 from common.runtime.device import derive_seed
 
-LIKE = 4  # tensors are of like size where none has more entries than this many times the smallest
+LIKE = 4  # a stratum's tensors have at most this many times the entries of its smallest, if more than two do
 NEAR = 0.01  # the share of a model's size by which that of a permutation's may differ
 TRIES = 2000  # permutations that are drawn, at most, until one is so near
 
@@ -17,8 +17,9 @@ TRIES = 2000  # permutations that are drawn, at most, until one is so near
 def like_tensors(shapes: dict[str, Sequence[int]]) -> list[list[str]]:
     """The names in strata of like size, vectors (weights of norms, biases) apart from the others.
 
-    A stratum begins with the smallest tensor that is left, and takes those of up to `LIKE` times as many entries; one
-    alone in its stratum joins the next, the last the one before. Equal sizes would hardly do: they are found within a
+    A stratum begins with the smallest tensor that is left, and takes those of up to `LIKE` times as many entries. Where
+    there is none, it takes the next one, whatever its size; the last tensor, if it is left alone, joins the stratum
+    before. Equal sizes would hardly do: they are found within a
     layer, so that values could not move from layer to layer.
     """
     strata = []

@@ -193,8 +193,8 @@ def measure_feedback(network: nn.Module, loss: SampleLoss, samples: tuple[torch.
     """{weight: Feedback} of the linear layers and the plain convolutions of `network` that the loss calls.
 
     The moments are those of the samples' gradients G (R, K) by each weight: the sums of G'G by columns and of GG' by
-    rows. With a loss that is `gauss_newton.signed_sum` they are sums of blocks of the Gauss-Newton matrix. Every
-    process measures all: a sum of other parts would round otherwise.
+    rows, call by call where a layer is called more than once. With a loss that is `gauss_newton.signed_sum` they are
+    sums of blocks of the Gauss-Newton matrix. Every process measures all: a sum of other parts would round otherwise.
     """
     layers = {name: module for name, module in network.named_modules() if _has_patches(module)}
     moments: dict[str, list[tuple[np.ndarray, torch.Tensor]]] = {}

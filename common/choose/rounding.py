@@ -32,7 +32,8 @@ class Rounding:
     trellis: bool = False
 
     def axis(self, name: str, shape: torch.Size) -> int | None:
-        """The dimension of a weight, that of output channels, down which its trellis runs; None: it has none."""
+        """The dimension of a weight down which its trellis runs: that of output channels, or the first of one without
+        feedback; None: it has none."""
         axis = 1 if name in self.feedback and self.feedback[name].transposed else 0
         return axis if self.trellis and len(shape) > 1 and shape[axis] >= FEWEST_ROWS else None
 

@@ -39,7 +39,8 @@ def below_top_ratio(values: dict[str, float], ratio: float) -> set[str]:
 
 
 def below_layer_threshold(values: dict[str, float], alpha: float, k: float | None = None) -> set[str]:
-    """Names of the tensors below mean - k * std of their layer, k = alpha * mean / std within K_RANGE unless given."""
+    """Names of the tensors below mean - k * std of their layer, k = alpha * mean / std within K_RANGE unless given.
+    Weights of norms are left out: of the means, and of what is chosen."""
     chosen = set()
     for members in by_layer({name: value for name, value in values.items() if not is_norm(name)}).values():
         mean, std = fmean(members.values()), pstdev(members.values())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.ddpm.digits import DataError
@@ -115,7 +115,7 @@ def _at_size(path: Path, image: Image.Image, channels: int, height: int, width: 
         raise DataError(f"{path} has no transparency, and the model takes 4 channels")
     if channels < 4 and image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
         raise DataError(f"{path} has transparent pixels; put it on a background first")
-    image = image.convert(MODES[channels])
+    image = ImageOps.exif_transpose(image).convert(MODES[channels])  # upright, as a camera means it
     if image.size == (width, height):
         return image
     scale = min(image.width / width, image.height / height)

@@ -4,7 +4,6 @@ Without diffusers itself, which `common.ddpm.architecture` imports where a netwo
 """
 
 import json
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -142,7 +141,7 @@ def checked_scheduler(config: dict) -> dict:
 
 
 def _number(low: float, high: float):
-    return lambda v: type(v) in (int, float) and math.isfinite(v) and low <= v <= high
+    return lambda v: type(v) in (int, float) and low <= v <= high
 
 
 def _whole(low: int, high: int):
@@ -198,7 +197,7 @@ _UNET = {  # entry: (default of UNet2DModel, what is valid)
     "num_train_timesteps": (None, _or_none(_whole(1, LARGEST_TIMESTEPS))),
 }
 _SCHEDULER = {
-    "num_train_timesteps": (1000, _whole(1, LARGEST_TIMESTEPS)),
+    "num_train_timesteps": (1000, _whole(2, LARGEST_TIMESTEPS)),  # Fisher values are measured at timestep 1
     "beta_start": (1e-4, _number(1e-12, 0.9999)),
     "beta_end": (0.02, _number(1e-12, 0.9999)),
     "beta_schedule": ("linear", _one_of(*BETA_SCHEDULES)),

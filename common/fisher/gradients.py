@@ -48,7 +48,9 @@ def _fits_first_sample(values, network, loss, samples) -> bool:
     network.requires_grad_(True)
     with torch.enable_grad():
         first = loss(network, *(s[:1] for s in samples)).sum()
-    gradients = torch.autograd.grad(first, list(parameters.values()), allow_unused=True)
+    wanted = list(parameters.values())
+    reached = first.requires_grad
+    gradients = torch.autograd.grad(first, wanted, allow_unused=True) if reached else [None] * len(wanted)
     for parameter in frozen:
         parameter.requires_grad_(False)
     expected = torch.stack([first.detach() * 0 if g is None else g.square().mean() for g in gradients])
@@ -144,7 +146,9 @@ def visit_layers(
     try:
         network.requires_grad_(False)  # spares the gradient of the batch, which nobody needs
         with torch.enable_grad():
-            loss(network, *samples).sum().backward()
+            summed = loss(network, *samples).sum()
+            if summed.requires_grad:  # else it depends on none of the layers
+                summed.backward()
     finally:
         for hook in hooks:
             hook.remove()
@@ -158,7 +162,7 @@ def _weight_gradients(layer: nn.Module, x: torch.Tensor, g: torch.Tensor) -> tor
         x, g = x.reshape(len(x), -1, x.shape[-1]), g.reshape(len(g), -1, g.shape[-1])  # (N, L, C)
         return torch.bmm(g.transpose(1, 2), x).flatten(1)
     if isinstance(layer, nn.GroupNorm):
-        return (F.group_norm(x, layer.num_groups, eps=layer.eps) * g).flatten(2).sum(2)
+        return (F.group_norm(x, layer.num_groups, eps=layer.eps) * g).reshape(*g.shape[:2], -1).sum(2)
     narrow, wide = _narrow_and_wide(layer, x, g)
     shape, settings = layer.weight.shape, (layer.stride, layer.padding, layer.dilation, layer.groups)
     # One sample at a time: the libraries' own kernel is faster than any vectorised form of it.
@@ -168,7 +172,9 @@ def _weight_gradients(layer: nn.Module, x: torch.Tensor, g: torch.Tensor) -> tor
 
 def _bias_gradients(layer: nn.Module, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     """(N, C)"""
-    return g.reshape(len(g), -1, g.shape[-1]).sum(1) if isinstance(layer, nn.Linear) else g.flatten(2).sum(2)
+    if isinstance(layer, nn.Linear):
+        return g.reshape(len(g), -1, g.shape[-1]).sum(1)
+    return g.reshape(*g.shape[:2], -1).sum(2)
 
 
 def _narrow_and_wide(layer: nn.Module, x: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -97,22 +97,23 @@ class FisherTable:
 def measure(
     network: nn.Module,
     loss: SampleLoss,
-    batches: dict[int, tuple[torch.Tensor, ...]],
+    batches: list[tuple[int, tuple[torch.Tensor, ...]]],
     weights: str,
     settings: dict,
     image_weights: list[float],
     kind: str = "fisher",
 ) -> FisherTable:
-    """The mean squared gradient of `loss` at each timestep of `batches`, {timestep: samples}; shows a progress bar.
+    """The mean squared gradient of `loss` at each timestep of `batches`, (timestep, samples); shows a progress bar.
 
-    The first stands alone; the others are the grid, and hold as many samples each: sample n of all is of one digit.
+    The first stands alone; the others are the grid, and hold as many samples each: sample n of all is of one digit. Of
+    a network of few timesteps one may come more than once.
     Raises UserError where a value is not finite or all are zero.
     """
     names = [name for name, _ in network.named_parameters()]
     values, errors, of_grid = [], [], []
     everyone = distributed.processes()
-    with tqdm(total=sum(len(b[0]) for b in batches.values()), desc=WORDS[kind], unit="image") as bar:
-        for samples in batches.values():
+    with tqdm(total=sum(len(samples[0]) for _, samples in batches), desc=WORDS[kind], unit="image") as bar:
+        for _, samples in batches:
             found = sample_values(network, loss, samples, on_chunk=lambda n: bar.update(n * everyone))
             mean, error = _mean_and_error(found)
             for name, finite in zip(names, (mean.isfinite() & error.isfinite()).tolist(), strict=True):
@@ -127,10 +128,10 @@ def measure(
     values, errors = torch.stack(values), torch.stack(errors)
     if not values.any():
         raise UserError(f"all {WORDS[kind]} values are zero: {NOTHING_REACHED}")
-    samples = [len(b[0]) for b in batches.values()]
+    counts = [len(samples[0]) for _, samples in batches]
     covariance = covariance_of_means(torch.stack(of_grid))
-    timesteps = list(batches)
-    return FisherTable(names, timesteps, values, errors, covariance, samples, settings, weights, image_weights, kind)
+    timesteps = [t for t, _ in batches]
+    return FisherTable(names, timesteps, values, errors, covariance, counts, settings, weights, image_weights, kind)
 
 
 def covariance_of_means(values: torch.Tensor) -> torch.Tensor:

@@ -155,8 +155,9 @@ def write_folder(model: Model, folder: Path, dtype: torch.dtype = torch.float32)
         for name, content in _files(model, weights).items():
             write_atomically(folder / name, content)
     except WriteError:
-        if made:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        if not made:
+            folder.mkdir()
         raise
 
 

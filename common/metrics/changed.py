@@ -11,7 +11,7 @@ SURE = 0.9  # the probability from which a digit counts as read
 
 
 def changed_digits(before: torch.Tensor, after: torch.Tensor) -> list[int]:
-    """The places at which the classifier is sure of either image, uint8 (N, 32, 32), and reads another digit."""
+    """The places at which the classifier is sure of both images, uint8 (N, 32, 32), and reads another digit."""
     classifier = load_features("mnist", torch.device("cpu"))
     (_, read), (_, read_after) = (extract(images, classifier) for images in (before, after))
     sure = (read.max(1) >= SURE) & (read_after.max(1) >= SURE)

@@ -35,7 +35,10 @@ class Scores:
 
 
 def kid(features: np.ndarray, reference: Reference) -> Estimate:
-    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, eq. 4), over all images at once."""
+    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, eq. 4), over all images at once.
+
+    Where the distance is near zero its error is somewhat too large, at most by the square root of two.
+    """
     within = _kernel_sums(features, features, pairs_of_itself=True) / (len(features) - 1)
     across = _kernel_sums(features, reference.sample) / len(reference.sample)
     value = within.mean() + reference.kernel_mean - 2 * across.mean()
@@ -138,10 +141,10 @@ def _read_reference(path: Path, dimensions: int, digits: int) -> Reference | Non
         "covariance_root": square,
         "sample": (torch.float32, (min(digits, KID_REFERENCE), dimensions)),
     }
-    with suppress(sealed.CheckpointError, OSError):
+    with suppress(sealed.CheckpointError, OSError, OverflowError):  # the last of a whole number that no float holds
         stored = sealed.load(path, "reference")
         tensors, metadata = sealed.require(path, stored, expected, {"kernel_mean": float})
-        if all(np.isfinite(numbers).all() for numbers in (*tensors.values(), metadata["kernel_mean"])):
+        if all(np.isfinite(numbers).all() for numbers in (*tensors.values(), float(metadata["kernel_mean"]))):
             return Reference(**{name: tensor.numpy() for name, tensor in tensors.items()}, **metadata)
     print(f"{path} is damaged or holds something else; it is made anew", file=sys.stderr)
     return None

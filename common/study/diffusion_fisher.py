@@ -90,8 +90,8 @@ def _table(
     if kept is not None:
         return replace(kept, image_weights=image_weights)
     digits = run.load_images("train")
-    counts = {1: preset.fisher_digits} | dict.fromkeys(grid, preset.fisher_grid_digits)
-    batches = {t: prepare(noised(run, digits, [t] * count), t) for t, count in counts.items()}
+    counts = [(1, preset.fisher_digits), *((t, preset.fisher_grid_digits) for t in grid)]
+    batches = [(t, prepare(noised(run, digits, [t] * count), t)) for t, count in counts]
     network = model.network().to(run.device)
     table = information.measure(network, loss(schedule), batches, weights, settings, image_weights, kind)
     if distributed.rank() == 0:

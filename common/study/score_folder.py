@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.ddpm.digits import load_digits, pad_digits
@@ -84,6 +84,7 @@ def _read_image(path: Path) -> np.ndarray:
                 raise UserError(f"{path} is {image.width}x{image.height}; digits must be 28x28 or 32x32")
             if getattr(image, "is_animated", False):
                 raise UserError(f"{path} holds more than one picture; save each as a file of its own")
+            image = ImageOps.exif_transpose(image)
             sixteen_bits = image.mode.startswith("I")  # which Pillow's conversions cut off at 255
             if image.has_transparency_data and (sixteen_bits or image.convert("RGBA").getextrema()[3][0] < 255):
                 raise UserError(f"{path} has transparent pixels; put it on black first")
