@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.choose import rounding
 from common.choose.feedback import measure_feedback
 from common.ddpm.noise import NoiseStreams
 from common.ddpm.samplers import sample
@@ -18,7 +19,10 @@ from common.presets import TrainingConfig
 from common.runtime import device as device_module
 from common.runtime.device import autocast, cast_weights, device_name, set_up_torch
 from common.runtime.replay import WARM_UP, Replayed
+from common.training import finetune as finetune_module
 from common.training import loop
+from common.training.finetune import finetune
+from common.training.finetune_inputs import noised_digits
 from common.training.loop import train
 
 CPU = torch.device("cpu")
@@ -131,6 +135,34 @@ def test_resumed_training_ends_in_the_same_bytes(tiny_config, tmp_path, monkeypa
     resumed = train(UNet(network), config, digits, tmp_path / "stopped", DEVICE, precision)
     assert resumed[1] == whole[1]
     assert (tmp_path / "stopped").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@on_gpu
+def test_resumed_finetuning_ends_in_the_same_weights(tiny_network, tmp_path, monkeypatch):
+    network = copy_of(tiny_network).to(DEVICE)
+    digits = torch.rand(20, 1, 32, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE) * 2 - 1
+    draw = noised_digits(network, digits, Schedule(device=DEVICE), 8, 0, "fp32")
+    steps = {name: 0.05 for name, _ in network.named_parameters()}
+    weights = {name: (w.detach() / 0.05).round() * 0.05 for name, w in network.named_parameters()}
+
+    def size(weights, steps):
+        return sum(part.nbytes for part in rounding.encode(weights, steps, price=0.0).values())
+
+    def finetuned(name, stop=None):
+        def draw_or_stop(i):
+            if i == stop:
+                raise KeyboardInterrupt
+            return draw(i)
+
+        return finetune(network, weights, steps, draw_or_stop, size, 20_000, 20, "fp32", tmp_path / name)
+
+    whole = finetuned("whole")
+    monkeypatch.setattr(finetune_module, "SAVE_SECONDS", -1)
+    with pytest.raises(KeyboardInterrupt):
+        finetuned("stopped", stop=15)
+    resumed = finetuned("stopped")
+    assert resumed[1] == whole[1] and all(torch.equal(resumed[0][name], whole[0][name]) for name in whole[0])
+    assert not all(torch.equal(whole[0][name], weights[name]) for name in weights)
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ from common.study.run import Run
 # What finetuning starts from, in shares of the file. Of finer codes fewer are lost where the price of bits takes codes
 # toward zero; but few updates cannot shrink a file without harm (docs/your-own-model.md).
 START_SHARE, START_SHARE_OF_FEW, FEW = 1.2, 0.98, 600
+SLACK = 200  # bytes: what the headers of other models of a size, with longer labels, may take
 
 
 def budget_metadata(run: Run, baseline: Model, coding: str, size: str, variant: str | None = None, **more) -> dict:
@@ -100,7 +101,7 @@ def require_reachable(run: Run, baseline: Model, coding: str, limits: dict[str, 
     """How many times smaller than the baseline's tensors a file can be. Raises UserError for a limit below."""
     size = baseline.size_mib() * MIB
     longest = budget_metadata(run, baseline, coding, max(limits, key=len, default=""))
-    least = make_allocator(baseline, coding, {}).smallest(longest) + 100  # labels of other lengths
+    least = make_allocator(baseline, coding, {}).smallest(longest) + SLACK
     for asked, limit in limits.items():
         if limit < least:
             more, less = math.ceil(1e4 * least / MIB) / 1e4, math.floor(10 * size / least) / 10

@@ -1,7 +1,7 @@
 """What each engine and precision costs in quality and takes in time: same weights, same noise, against torch in FP32.
 
     python -m common engines --preset quick --images 300
-    python -m common engines --preset quick --also results/quick/models/budget-10x-entropy-2e0c1df9.safetensors
+    python -m common engines --preset quick --also FILE
 
 The first rows are of the baseline, run by OpenVINO in FP32, bf16, int8 and mixed. Then uniform INT8 and the packed
 models that --also names have three rows each: by torch, and by OpenVINO in int8 and mixed. Every difference is to the
