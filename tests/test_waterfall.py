@@ -42,7 +42,7 @@ def test_each_part_is_a_row_of_the_same_size(call, capfd, monkeypatch):
     limit = int(call.baseline.size_mib() * MIB / 6)
     for row in rows:
         assert 0.98 * limit < row.file_mib * MIB <= limit
-        assert f"\n{row.label}: loss on held-out images " in printed
+        assert f"\n{row.label}: loss x1000 on held-out images " in printed
         assert load_model(row.file).sha256 == row.weights
     assert len({row.weights for row in rows}) == len(PARTS)
     (budget,) = [r for r in call("layer_budget", "--times", 6) if r.label == "Budget 6x (entropy)"]

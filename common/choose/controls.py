@@ -19,8 +19,8 @@ def like_tensors(shapes: dict[str, Sequence[int]]) -> list[list[str]]:
 
     A stratum begins with the smallest tensor that is left, and takes those of up to `LIKE` times as many entries. Where
     there is none, it takes the next one, whatever its size; the last tensor, if it is left alone, joins the stratum
-    before. Equal sizes would hardly do: they are found within a
-    layer, so that values could not move from layer to layer.
+    before. Equal sizes would hardly do: they are found within a layer, so that values could not move from layer to
+    layer.
     """
     strata = []
     for vectors in (True, False):

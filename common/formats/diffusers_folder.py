@@ -155,9 +155,8 @@ def write_folder(model: Model, folder: Path, dtype: torch.dtype = torch.float32)
         for name, content in _files(model, weights).items():
             write_atomically(folder / name, content)
     except WriteError:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not made:
-            folder.mkdir()
+        for part in [folder] if made else folder.iterdir():
+            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
         raise
 
 

@@ -108,7 +108,7 @@ def format_losses(rows: list[Row]) -> str:
 
 
 def _line(row: Row) -> str:
-    text = f"{row.label}: loss on held-out images {_signed(row.loss_increase)}"
+    text = f"{row.label}: loss x1000 on held-out images {_signed(row.loss_increase)}"
     if row.place is None:
         return text + ("" if row.size_apart is None else f"; its size differs by {row.size_apart:.1%}")
     lower, draws = row.place
@@ -119,6 +119,7 @@ def _line(row: Row) -> str:
 
 
 def _signed(figure: Figure) -> str:
-    """Value and error to two digits of the error."""
-    digits = 2 if not figure.error > 0 else max(0, 1 - int(np.floor(np.log10(figure.error))))
-    return f"{figure.value:+.{digits}f} ± {figure.error:.{digits}f}"
+    """A thousand times value and error, to two digits of the error."""
+    value, error = 1000 * figure.value, 1000 * figure.error
+    digits = 2 if not error > 0 else max(0, 1 - int(np.floor(np.log10(error))))
+    return f"{value:+.{digits}f} ± {error:.{digits}f}"
