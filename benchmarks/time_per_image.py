@@ -6,9 +6,9 @@
 Quality is the unbiased FID of the baseline, on the same noise, less that of DDPM over all timesteps by torch in FP32: a
 way is as good where that is at most one standard error above zero. The ways are DPM-Solver++ in each of the --dpm steps
 by each engine in each precision (torch in bfloat16 where the processor has it, OpenVINO where it and nncf are
-installed); one whose fewer steps are good enough is not tried with more. Times are measured in turn, as benchmarks.speed does: what a
-step takes, times the steps. The published way is 1,000 steps, one image at a time, in FP32; its images are those of
-DDPM. The rows join results.jsonl.
+installed); one whose fewer steps are good enough is not tried with more. Times are measured in turn, as
+benchmarks.speed does: what a step takes, times the steps. The published way is 1,000 steps, one image at a time, in
+FP32; its images are those of DDPM. The rows join results.jsonl.
 """
 
 import statistics
