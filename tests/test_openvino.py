@@ -15,7 +15,7 @@ from common.engines import costs as costs_module
 from common.engines import openvino as engine_module
 from common.engines.calibration import integer_graph, kept_graph, noised_images
 from common.engines.costs import fake_quantized, input_ranges, layer_costs, most_costly
-from common.engines.engine import OpenVINO, engine_name, left_layers
+from common.engines.engine import OpenVINO, engine_name, left_layers, warning
 from common.engines.integers import (
     codes_of,
     decoding_note,
@@ -25,7 +25,7 @@ from common.engines.integers import (
     set_integers,
     stored_integers,
 )
-from common.engines.openvino import compile_graph, convert, denoiser
+from common.engines.openvino import compile_graph, convert, denoiser, sums_saturate
 from common.errors import UserError
 from common.formats import entropy
 from common.formats.numbers import bits, channel_axes, unpack_codes
@@ -34,6 +34,8 @@ from common.study.codings import coded_model
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
+
+exact = pytest.mark.skipif(sums_saturate(), reason="OpenVINO cuts off sums of 8-bit products on this CPU")
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +185,7 @@ def test_layers_that_are_left_have_the_weights_of_the_network(network, kept, cal
     assert integer_layers(part).keys() == costs.keys() - {"late_conv"}
 
 
+@exact
 def test_costs_are_the_errors_that_each_layer_alone_brings(network, kept, calibration, monkeypatch):
     """Brute force: the graph with one layer in 8 bits against FP32, on the images that the costs are of."""
     _, graph, once = kept
@@ -269,6 +272,16 @@ def test_without_the_packages_one_line_says_so(monkeypatch):
     assert engine_name("openvino", "fp32", "mnist").startswith("openvino ")
 
 
+@pytest.mark.parametrize("saturates", [True, False])
+def test_rows_of_a_cpu_that_cuts_off_sums_say_so(monkeypatch, saturates):
+    monkeypatch.setattr("common.engines.engine.sums_saturate", lambda: saturates)
+    for precision in ("int8", "mixed", "mixed 3"):
+        assert engine_name("openvino", precision, "mnist").endswith(" on mnist, sums of 16 bits") == saturates
+        assert warning(precision).startswith(f"--precision {precision}: this CPU has no VNNI") == saturates
+    assert "16 bits" not in engine_name("openvino", "bf16", "mnist") and not warning("bf16") and not warning("fp32")
+
+
+@exact
 def test_a_network_of_diffusers_in_colour(tmp_path):
     pytest.importorskip("diffusers")
     from common.ddpm.architecture import build

@@ -13,7 +13,7 @@ from common.ddpm.sampling import Prepare, Sampling
 from common.engines.calibration import kept_graph, noised_images
 from common.engines.costs import most_costly
 from common.engines.integers import restore_layers, stored_integers
-from common.engines.openvino import convert, denoiser, installed_version, require_installed
+from common.engines.openvino import convert, denoiser, installed_version, require_installed, sums_saturate
 from common.formats.numbers import IntegerTensor
 from common.formats.packed import Model
 
@@ -33,7 +33,19 @@ def engine_name(engine: str, precision: str, images: str) -> str:
     packages = ["openvino", "nncf"] if is_integer(precision) else ["openvino"]
     require_installed(*packages)
     versions = ", ".join(f"{package} {installed_version(package)}" for package in packages)
-    return versions + (f" on {images}" if len(packages) > 1 else "")
+    if not is_integer(precision):
+        return versions
+    return f"{versions} on {images}" + (", sums of 16 bits" if sums_saturate() else "")
+
+
+def warning(precision: str) -> str:
+    """What a user should know of a precision on this CPU; mostly empty."""
+    if not is_integer(precision) or not sums_saturate():
+        return ""
+    return (
+        f"--precision {precision}: this CPU has no VNNI, so OpenVINO cuts off sums of 8-bit products at 16 bits; "
+        "images may be worse than on other CPUs"
+    )
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
@@ -34,6 +35,24 @@ def installed_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+@lru_cache(maxsize=1)
+def sums_saturate() -> bool:
+    """Whether OpenVINO cuts off sums of two products of 8 bits at 16 bits here, as on CPUs without VNNI: the largest
+    activations and weights of one convolution, whose result is known."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    image = ops.parameter([1, 16, 1, 1], np.float32)
+    low, high = np.float32(0), np.float32(255)
+    codes = ops.fake_quantize(image, low, high, low, high, 256)
+    weights = ops.convert(ops.constant(np.full((16, 16, 1, 1), 127, np.int8)), np.float32)
+    weights = ops.multiply(weights, ops.constant(np.float32(1)))
+    sums = ops.convolution(codes, weights, [1, 1], [0, 0], [0, 0], [1, 1])
+    compiled = ov.Core().compile_model(ov.Model([sums], [image]), "CPU")
+    found = compiled(np.full((1, 16, 1, 1), 255, np.float32))[0].flat[0]
+    return bool(abs(found - 16 * 255 * 127) > 0.01 * 16 * 255 * 127)
 
 
 def convert(network: nn.Module, x: torch.Tensor, t: torch.Tensor):

@@ -11,7 +11,7 @@ from torch import nn
 from common.choose.layers import layer_of, layer_weights, layers_in_order
 from common.ddpm.digits import some_of
 from common.ddpm.sampling import Sampling, generate, image_file, load_images, prepare_torch
-from common.engines.engine import OpenVINO, engine_name
+from common.engines.engine import OpenVINO, engine_name, warning
 from common.engines.integers import decoding_note, stored_integers
 from common.errors import UserError
 from common.formats.numbers import IntegerTensor
@@ -31,6 +31,7 @@ from common.metrics.scores import (
 )
 from common.options import DIGITS
 from common.presets import UNetConfig
+from common.runtime import distributed
 from common.study.rows import BASELINE, REAL, Figure, Row, Settings, checked
 from common.study.run import Run
 
@@ -110,6 +111,8 @@ def with_engine(run: Run, evaluator: Evaluator, precision: str) -> Evaluator:
     if run.device.type != "cpu":
         raise UserError(f"--device {run.device}: OpenVINO runs on the CPU; give --device cpu")
     sampling = replace(evaluator.sampling, precision=precision, engine=engine_name("openvino", precision, run.data))
+    if distributed.rank() == 0 and (note := warning(precision)):
+        print(note)
     engine = OpenVINO(run.load_images("train"), run.data, run.out / "models")
     return replace(evaluator, sampling=sampling, engine=engine)
 
