@@ -134,25 +134,24 @@ def forward_flops(network: UNet, device: torch.device) -> float:
 def openvino_ways(network: UNet, batch: int) -> dict[str, Callable[[], float]]:
     """{precision: seconds for an image and step} of sampling by OpenVINO."""
     return {
-        precision: partial(openvino_sampling, denoiser(graph, precision), network.config.timesteps, batch)
+        precision: partial(step_time, denoiser(graph, precision), network.config.timesteps, torch.device("cpu"), batch)
         for precision, graph in graphs_of(network, batch).items()
     }
 
 
-def openvino_sampling(denoise: Denoiser, timesteps: int, batch: int) -> float:
-    """Seconds for an image and step of what OpenVINO has compiled."""
+def step_time(denoise: Denoiser, timesteps: int, device: torch.device, batch: int) -> float:
+    """Seconds for an image and step."""
     noise, schedule = NoiseStreams(0, range(batch)), Schedule(timesteps)
-    seconds = timed(torch.device("cpu"), lambda: sample(denoise, schedule, noise, "ddim", SAMPLING_STEPS, 1.0))
+    seconds = timed(device, lambda: sample(denoise, schedule, noise, "ddim", SAMPLING_STEPS, 1.0, device))
     return seconds / batch / SAMPLING_STEPS
 
 
 def sampling(network: UNet, device: torch.device, batch: int, precision: str) -> float:
     """The sampler as the scripts call it."""
-    noise, schedule, network = NoiseStreams(0, range(batch)), Schedule(network.config.timesteps), deepcopy(network)
+    network = deepcopy(network)
     cast_weights(network, precision)
     with autocast(device, precision):
-        seconds = timed(device, lambda: sample(network, schedule, noise, "ddim", SAMPLING_STEPS, 1.0, device))
-    return seconds / batch / SAMPLING_STEPS
+        return step_time(network, network.config.timesteps, device, batch)
 
 
 def training(preset: Preset, device: torch.device, precision: str) -> float:

@@ -96,7 +96,7 @@ def step_times(run, baseline, evaluators: dict) -> dict[str, float]:
     from tqdm import tqdm
 
     from benchmarks import published
-    from benchmarks.speed import openvino_sampling, sampling, spawned_process
+    from benchmarks.speed import sampling, spawned_process, step_time
     from common.engines.integers import stored_integers
 
     network = baseline.network().to(run.device, memory_format=torch.channels_last).eval()
@@ -107,7 +107,7 @@ def step_times(run, baseline, evaluators: dict) -> dict[str, float]:
         else:
             prepare = evaluator.engine.prepare(baseline.sha256, stored_integers(baseline))
             denoise = prepare(baseline.network(), evaluator.sampling, run.device)
-            works[name] = partial(openvino_sampling, denoise, run.preset.network.timesteps, batch)
+            works[name] = partial(step_time, denoise, run.preset.network.timesteps, run.device, batch)
     with spawned_process() as apart:
         works["published"] = lambda: apart.submit(published.sampling, run.preset.network, run.device).result()
         times = {name: [] for name in works}

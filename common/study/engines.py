@@ -83,7 +83,7 @@ def main():
     for model in others:
         for evaluator in (torch_fp32, engines["int8"], engines["mixed"]):
             add(model, evaluator)
-    kept = {row.identity: row for row in run.results.rows()}
+    kept = {row.identity: row for row in distributed.on_first(run.results.rows)}
     rows = [kept[row.identity] for row in rows]  # with the times of images that were sampled before
     print(format_table(rows))
     print(f"\n{format_times(rows)}\n")
