@@ -31,7 +31,6 @@ from common.metrics.scores import (
 )
 from common.options import DIGITS
 from common.presets import UNetConfig
-from common.runtime import distributed
 from common.study.rows import BASELINE, REAL, Figure, Row, Settings, checked
 from common.study.run import Run
 
@@ -111,7 +110,7 @@ def with_engine(run: Run, evaluator: Evaluator, precision: str) -> Evaluator:
     if run.device.type != "cpu":
         raise UserError(f"--device {run.device}: OpenVINO runs on the CPU; give --device cpu")
     sampling = replace(evaluator.sampling, precision=precision, engine=engine_name("openvino", precision, run.data))
-    if distributed.rank() == 0 and (note := warning(precision)):
+    if note := warning(precision):
         print(note)
     engine = OpenVINO(run.load_images("train"), run.data, run.out / "models")
     return replace(evaluator, sampling=sampling, engine=engine)
