@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from cogapp import Cog
 
+from common.formats.packed import MIB, load_model
 from common.study.rows import Figure, ResultStore
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +42,15 @@ def test_the_strategy_that_is_shown(monkeypatch):
     ((options, (choice,)),) = runs
     assert options.format == "int4" and choice.strategy == "Median"
     assert choice.rule({"a": 1.0, "b": 0.2, "c": 0.3}) == {"b"}
+
+
+def test_the_files_that_are_kept_are_those_of_the_rows():
+    rows = {row.label: row.weights for row in ResultStore(ROOT / "reference" / "quick" / "results.jsonl").rows()}
+    files = sorted((ROOT / "reference" / "frontier" / "models").iterdir())
+    assert [path.name for path in files] == [f"quick-{times}x.safetensors" for times in (10, 13, 16)]
+    for path in files:
+        model = load_model(path)
+        assert path.stat().st_size < MIB and rows[model.metadata["label"]] == model.sha256
 
 
 def test_the_layout_names_the_modules_of_each_room_and_no_others():
