@@ -120,12 +120,12 @@ def main():
 
 
 def print_held(preset_name: str) -> None:
-    from common.engines.openvino import installed_version
+    from common.engines.openvino import is_installed
 
     for precision in ("fp32", "bf16"):
         print(f"{f'torch {precision}':34}{apart(held, 'torch', precision, preset_name, None):>8.0f}", flush=True)
-    if not all(map(installed_version, ("openvino", "nncf"))):
-        print("openvino is not installed: pip install -r requirements-openvino.txt")
+    if not is_installed():
+        print("openvino or nncf is not installed: pip install -r requirements-openvino.txt")
         return
     with TemporaryDirectory() as folder:
         apart(write_graphs, preset_name, Path(folder))

@@ -40,7 +40,7 @@ from common.ddpm.samplers import Denoiser, sample
 from common.ddpm.schedule import Schedule, denoising_loss
 from common.ddpm.unet import UNet
 from common.engines.engine import is_integer
-from common.engines.openvino import denoiser, installed_version
+from common.engines.openvino import denoiser, is_installed
 from common.errors import run_main
 from common.fisher.information import fisher_information
 from common.options import Parser, file_name, positive_int
@@ -90,7 +90,7 @@ def speed(preset: Preset, device: torch.device, rounds: int) -> list[Timing]:
         ("Fisher, digit", "published"): (as_published(published.fisher), 3 * flops, "fp32"),
         ("Fisher, digit", "fp32"): (lambda: fisher(ours, device, digits), 3 * flops, "fp32"),
     }
-    by_openvino = device.type == "cpu" and all(map(installed_version, ("openvino", "nncf")))
+    by_openvino = device.type == "cpu" and is_installed()
     if by_openvino:
         for precision, seconds in openvino_ways(ours, batch).items():
             ways[SAMPLING, f"openvino {precision}"] = seconds, flops, "int8" if is_integer(precision) else precision

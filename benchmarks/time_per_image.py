@@ -43,7 +43,7 @@ def main():
     if given or (options.engine, options.precision) != ("torch", "fp32"):
         parser.error("--sampler, --steps, --eta, --engine, --precision: all are compared; leave them out")
 
-    from common.engines.openvino import installed_version
+    from common.engines.openvino import is_installed
     from common.runtime import distributed
     from common.runtime.device import bf16_is_faster
     from common.study.baselines import load_baseline
@@ -60,7 +60,7 @@ def main():
     evaluators = {"torch fp32": by_torch}
     if bf16_is_faster(run.device):
         evaluators["torch bf16"] = replace(by_torch, sampling=replace(run.sampling, precision="bf16"))
-    if run.device.type == "cpu" and all(map(installed_version, ("openvino", "nncf"))):
+    if run.device.type == "cpu" and is_installed():
         evaluators |= {f"openvino {p}": with_engine(run, by_torch, p) for p in PRECISIONS}
 
     def in_steps(evaluator, sampler: str, steps: int):

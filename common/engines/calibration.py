@@ -22,7 +22,7 @@ from common.ddpm.noise import NoiseStreams
 from common.ddpm.schedule import Schedule
 from common.engines.costs import layer_costs
 from common.engines.integers import LAYERS, set_integers
-from common.engines.openvino import convert, installed_version, quiet
+from common.engines.openvino import PACKAGES, convert, installed_version, quiet
 from common.formats.numbers import IntegerTensor, channel_axes
 from common.runtime import distributed, sealed
 from common.runtime.device import derive_seed
@@ -32,7 +32,6 @@ IMAGES = 300
 BATCH = 10
 SEED = 0
 KIND = "openvino"
-PACKAGES = ("openvino", "nncf")
 ENDS = ("Constant", "Parameter", "Result")
 
 

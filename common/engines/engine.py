@@ -13,7 +13,7 @@ from common.ddpm.sampling import Prepare, Sampling
 from common.engines.calibration import kept_graph, noised_images
 from common.engines.costs import most_costly
 from common.engines.integers import restore_layers, stored_integers
-from common.engines.openvino import convert, denoiser, installed_version, require_installed, sums_saturate
+from common.engines.openvino import PACKAGES, convert, denoiser, installed_version, require_installed, sums_saturate
 from common.formats.numbers import IntegerTensor
 from common.formats.packed import Model
 
@@ -30,7 +30,7 @@ def engine_name(engine: str, precision: str, images: str) -> str:
     are calibrated on. Raises UserError where a package is missing."""
     if engine == "torch":
         return engine
-    packages = ["openvino", "nncf"] if is_integer(precision) else ["openvino"]
+    packages = PACKAGES if is_integer(precision) else PACKAGES[:1]
     require_installed(*packages)
     versions = ", ".join(f"{package} {installed_version(package)}" for package in packages)
     if not is_integer(precision):

@@ -21,6 +21,7 @@ from common.ddpm.samplers import Denoiser
 from common.errors import UserError
 
 REQUIREMENTS = "requirements-openvino.txt"
+PACKAGES = ("openvino", "nncf")  # the second for 8 bits
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16", "mixed": "bf16"}  # of what is not in integers
 
 
@@ -28,6 +29,11 @@ def require_installed(*packages: str, option: str = "--engine openvino") -> None
     """Raises UserError naming the packages that are not installed."""
     if missing := [package for package in packages if not installed_version(package)]:
         raise UserError(f"{option}: {' and '.join(missing)} cannot be found; pip install -r {REQUIREMENTS}")
+
+
+def is_installed() -> bool:
+    """Whether all precisions of this engine can be had."""
+    return all(map(installed_version, PACKAGES))
 
 
 def installed_version(package: str) -> str | None:
