@@ -18,6 +18,7 @@ FEWEST = 500  # images of a row
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=file_name, default=Path("results/quick"), metavar="DIR", help="of rows of digits")
+    parser.add_argument("--data-dir", type=file_name, default=Path("data"), metavar="DIR", help="holds MNIST/raw")
     options = parser.parse_args()
 
     import numpy as np
@@ -45,7 +46,7 @@ def main():
         raise UserError(f"--out {options.out}: has rows of {' and '.join(sorted(kinds))}; give a folder of one")
     (data,) = kinds
     network = load_features("random", torch.device("cpu"))
-    reference = make_reference(extract(load_digits(data, "train"), network)[0])
+    reference = make_reference(extract(load_digits(data, "train", options.data_dir), network)[0])
     classifier, random = [], []
     for path, row in tqdm(found.items(), desc="random features", unit="model"):
         fid = fid_unbiased(extract(load_images(path), network)[0], reference)

@@ -43,7 +43,7 @@ def main():
     if given or (options.engine, options.precision) != ("torch", "fp32"):
         parser.error("--sampler, --steps, --eta, --engine, --precision: all are compared; leave them out")
 
-    from common.engines.openvino import is_installed
+    from common.engines.openvino import has_bfloat16, is_installed
     from common.runtime import distributed
     from common.runtime.device import bf16_is_faster
     from common.study.baselines import load_baseline
@@ -61,7 +61,8 @@ def main():
     if bf16_is_faster(run.device):
         evaluators["torch bf16"] = replace(by_torch, sampling=replace(run.sampling, precision="bf16"))
     if run.device.type == "cpu" and is_installed():
-        evaluators |= {f"openvino {p}": with_engine(run, by_torch, p) for p in PRECISIONS}
+        there = [p for p in PRECISIONS if p != "bf16" or has_bfloat16()]
+        evaluators |= {f"openvino {p}": with_engine(run, by_torch, p) for p in there}
 
     def in_steps(evaluator, sampler: str, steps: int):
         return replace(evaluator, sampling=replace(evaluator.sampling, sampler=sampler, steps=steps, eta=1.0))

@@ -265,6 +265,13 @@ def test_a_size_that_cannot_be_reached(script, coding, capfd, tmp_path):
     assert not list((tmp_path / "results").rglob("fisher-*"))  # before any work
 
 
+def test_a_network_of_more_weights_than_files_may_stand_for(script, monkeypatch):
+    monkeypatch.setattr(budget_models, "MOST_CODED_WEIGHTS", 10_000)
+    with pytest.raises(SystemExit) as exit_:
+        script("--times", "8")
+    assert "--coding entropy: the network has" in exit_.value.code and "--coding fixed" in exit_.value.code
+
+
 def test_a_finetuned_row_keeps_to_the_size_of_its_own(script):
     plain, trained = script("--times", "9", "--finetune", "3")
     assert trained["label"] == "Budget 9x, 3 updates (entropy)" and plain["label"] == "Budget 9x (entropy)"

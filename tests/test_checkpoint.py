@@ -101,6 +101,14 @@ def test_foreign_files_are_refused(tmp_path):
             load(path, "model")
 
 
+def test_a_foreign_file_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "foreign"
+    safetensors.torch.save_file({"weight": torch.ones(3)}, path)
+    os.truncate(path, 2**40)  # which takes no room on the disk, and more memory than there is
+    with pytest.raises(CheckpointError, match="not a file of this project"):
+        load(path, "model")
+
+
 @pytest.mark.parametrize("body", [b"", b"{}", b"garbage", b'{"__metadata__":{}}', b"\xff\xfe"])
 def test_a_foreign_file_with_a_fitting_checksum_is_refused(tmp_path, body):
     """Someone else's bytes around a seal that fits: an error of one line, no traceback."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from tiny_runs import PROCESSES, files, finish, table
 
 from common.ddpm.sampling import Sampling, generate
@@ -154,6 +155,43 @@ def test_each_process_samples_its_share_alone(monkeypatch, tiny_network, tmp_pat
         "0000002.safetensors",
         "0000006.safetensors",
     ]
+
+
+def sample_one_batch(environment, folder):
+    os.environ.update(environment)
+    distributed.start(CPU)
+    sampling = Sampling(2, "ddim", 1, 0.0, 2, 0, "cpu", "fp32")
+
+    def prepare(network, sampling, device):
+        distributed.barrier()  # as where one process makes what the others read
+        return network
+
+    images = generate(UNet(TINY), "weights", sampling, CPU, folder, "label", prepare)
+    assert images.shape == (2, 32, 32)
+
+
+def test_processes_that_have_no_batch_prepare_too(tmp_path):
+    shares = [PROCESSES.Process(target=sample_one_batch, args=(e, tmp_path)) for e in environments()]
+    for process in shares:
+        process.start()
+    for process in shares:
+        process.join(60)
+    codes = [process.exitcode for process in shares]
+    for process in shares:
+        process.kill()
+    assert codes == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [("cuda", "--nproc_per_node=1, or use --device cpu"), ("cuda:1", "--device cuda:1: .* leave it out")],
+)
+def test_processes_without_a_gpu_each_are_told_what_to_give(monkeypatch, device, said):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=said):
+        distributed.start(torch.device(device))
 
 
 def test_torchrun_starts_a_script():

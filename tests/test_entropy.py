@@ -47,6 +47,18 @@ def test_files_of_version_1_are_read():
     assert model.sha256 == "63f40cce40dbc56339f84688172fdb9781f4e1de64826bc54709acd699d9a288"
 
 
+def test_few_bytes_of_version_1_stand_for_few_weights():
+    """A table of one entry takes no symbols; 8 bytes are granted to any file."""
+    stored = {"entropy:steps": torch.ones(1), "entropy:ranges": torch.tensor([[0, 1]], dtype=torch.int16)}
+    stored |= {"entropy:tables": torch.ones(1, dtype=torch.uint8)}
+    stored |= dict.fromkeys(("entropy:symbols", "entropy:remainders"), torch.empty(0, dtype=torch.uint8))
+    assert not entropy.decode(stored, {"a": torch.Size([8, 12_000])})["a"].any()
+    with pytest.raises(ValueError, match="96001 weights, more than 0 bytes"):
+        entropy.decode(stored, {"a": torch.Size([96_001, 1])})
+    with pytest.raises(ValueError, match="version 1"):
+        entropy.extend(stored, {"a": torch.Size([8, 8])}, {}, {})
+
+
 def test_output_channels_of_a_transposed_convolution_are_the_trellis_of_its_own_axis():
     weights = {"up": torch.randn(10, 9, 4, 4, generator=torch.Generator().manual_seed(0))}
     feedback = {"up": no_feedback(weights["up"].shape, transposed=True)}

@@ -25,11 +25,12 @@ from common.engines.integers import (
     set_integers,
     stored_integers,
 )
-from common.engines.openvino import compile_graph, convert, denoiser, sums_saturate
+from common.engines.openvino import compile_graph, convert, denoiser, has_bfloat16, sums_saturate
 from common.errors import UserError
 from common.formats import entropy
 from common.formats.numbers import bits, channel_axes, unpack_codes
 from common.formats.packed import full_precision
+from common.runtime import sealed
 from common.study.codings import coded_model
 
 pytest.importorskip("openvino")
@@ -241,6 +242,14 @@ def test_a_kept_graph_is_read_back_and_a_damaged_one_made_anew(network, model, c
     kept_graph(folder, network, model.sha256, {}, calibration)
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 and path.name in printed and "anew" in printed
+    tensors, about = sealed.load(path, "openvino")
+    for nonsense in (
+        ({"graph": torch.zeros(9, dtype=torch.uint8)}, {}),
+        ({}, {"costs": about["costs"] | {"no layer": 1.0}}),
+    ):
+        sealed.save(path, "openvino", tensors | nonsense[0], about | nonsense[1])
+        kept_graph(folder, network, model.sha256, {}, calibration)
+        assert "anew" in capsys.readouterr().out
     remade, costs_remade = kept_graph(folder, network, model.sha256, {}, calibration)
     assert costs_remade == costs
     x, t = calibration.x[:4], calibration.t[:4]
@@ -275,10 +284,28 @@ def test_without_the_packages_one_line_says_so(monkeypatch):
 @pytest.mark.parametrize("saturates", [True, False])
 def test_rows_of_a_cpu_that_cuts_off_sums_say_so(monkeypatch, saturates):
     monkeypatch.setattr("common.engines.engine.sums_saturate", lambda: saturates)
+    monkeypatch.setattr("common.engines.engine.has_bfloat16", lambda: True)
     for precision in ("int8", "mixed", "mixed 3"):
         assert engine_name("openvino", precision, "mnist").endswith(" on mnist, sums of 16 bits") == saturates
         assert warning(precision).startswith(f"--precision {precision}: this CPU has no VNNI") == saturates
     assert "16 bits" not in engine_name("openvino", "bf16", "mnist") and not warning("bf16") and not warning("fp32")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_rows_of_a_cpu_without_bfloat16_say_so(monkeypatch, there):
+    monkeypatch.setattr("common.engines.engine.sums_saturate", lambda: False)
+    monkeypatch.setattr("common.engines.engine.has_bfloat16", lambda: there)
+    for precision in ("bf16", "int8", "mixed", "mixed 3"):
+        assert engine_name("openvino", precision, "mnist").endswith(", no bfloat16") != there
+    assert "bfloat16" not in engine_name("openvino", "fp32", "mnist")
+    assert warning("bf16").startswith("--precision bf16: this CPU has no bfloat16") != there
+
+
+def test_bfloat16_is_there_where_products_are_rounded_to_it(network, graph, calibration):
+    x, t = calibration.x[:7], calibration.t[:7]
+    expected = predicted(network, x, t)
+    error = mean_square(denoiser(graph, "bf16")(x, t) - expected) / mean_square(expected)
+    assert 1e-7 < error < 1e-3 if has_bfloat16() else error < 1e-10
 
 
 @exact

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -117,14 +118,15 @@ def test_a_folder_that_could_not_be_written_is_left_empty(folders, tmp_path, mon
 
     def full(path, content):
         if written:
-            raise WriteError(f"{path}: cannot be written (No space left on device)")
+            raise error
         written.append(write_atomically(path, content))
 
     monkeypatch.setattr(diffusers_folder, "write_atomically", full)
     (tmp_path / "there").mkdir()
-    for folder, left in ((tmp_path / "there", True), (tmp_path / "new", False)):
+    errors = (WriteError("cannot be written (No space left on device)"), KeyboardInterrupt())
+    for error, (folder, left) in product(errors, ((tmp_path / "there", True), (tmp_path / "new", False))):
         written.clear()
-        with pytest.raises(WriteError):
+        with pytest.raises(type(error)):
             write_folder(model, folder)
         assert written and folder.exists() == left and not list(folder.rglob("*"))
 

@@ -184,6 +184,8 @@ def test_no_integer_stands_for_what_is_not_finite(fmt, value):
     for make in (pack, fake_quantize):
         with pytest.raises(UserError, match=f"not finite: no {fmt}"):
             make(torch.tensor([[1.0, value], [1.0, 2.0]]), fmt)
+    with pytest.raises(UserError, match=f"not finite: no {fmt}"):
+        quantize_integer(torch.tensor([[1.0, value]]), fmt, 0, torch.ones(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -8,6 +8,7 @@ import torch
 
 from common.ddpm import sampling as module
 from common.ddpm.sampling import Sampling, generate, image_file
+from common.errors import UserError
 from common.presets import UNetConfig
 from common.runtime import sealed
 
@@ -20,6 +21,17 @@ class Half(torch.nn.Module):
 
     def forward(self, x, t):
         return x / 2
+
+
+class NoNumber(Half):
+    def forward(self, x, t):
+        return x * torch.nan
+
+
+def test_images_that_are_no_numbers_are_refused_and_not_kept(tmp_path):
+    with pytest.raises(UserError, match="label: the network predicts what is no number"):
+        generate(NoNumber(), "a", SAMPLING, torch.device("cpu"), tmp_path, "label")
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 @pytest.fixture

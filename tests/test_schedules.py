@@ -1,7 +1,9 @@
 """Noise schedules and predictions beside diffusers' own."""
 
+import inspect
 import itertools
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.schedulers import scheduling_ddpm
 
 from common.ddpm.architecture import schedule_of
-from common.ddpm.pipelines import DiffusersConfig
+from common.ddpm.pipelines import SCHEDULERS, DiffusersConfig, checked_scheduler
 from common.ddpm.schedule import denoising_loss
 from common.fisher.gauss_newton import gauss_newton
 from common.fisher.information import fisher_information
@@ -34,6 +36,13 @@ PAIRS = [
     for noise, prediction in itertools.product(NOISES, PREDICTIONS)
     if not (noise.get("rescale_betas_zero_snr") and prediction == "epsilon")
 ]
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if hasattr(diffusers, name)])
+def test_entries_that_are_left_out_are_what_the_class_takes(name):
+    defaults = inspect.signature(getattr(diffusers, name)).parameters
+    for key, value in checked_scheduler({"_class_name": name}).items():
+        assert key not in defaults or value == defaults[key].default, key
 
 
 def ours(config: dict):

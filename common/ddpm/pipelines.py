@@ -21,6 +21,12 @@ SCHEDULERS = (
     "UniPCMultistepScheduler", "SASolverScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
     "HeunDiscreteScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
 )  # fmt: skip
+# Defaults of diffusers that are not those of DDPMScheduler.
+_OTHER_DEFAULTS = {
+    f"{name}Scheduler": {"beta_start": 0.00085, "beta_end": 0.012}
+    for name in ("DPMSolverSDE", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete")
+}
+_OTHER_DEFAULTS["HeunDiscreteScheduler"]["clip_sample"] = False
 MOST_BLOCKS, MOST_LAYERS, WIDEST, LARGEST_SIDE, LONGEST = 8, 16, 8192, 1024, 2**18  # of what a file may claim
 
 _DOWN = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "SkipDownBlock2D", "AttnSkipDownBlock2D")
@@ -113,8 +119,8 @@ def checked_unet(config: dict) -> dict:
 
 
 def checked_scheduler(config: dict) -> dict:
-    """The entries of a scheduler's config that say what noise its network has learned, with the defaults of
-    DDPMScheduler. Raises ValueError."""
+    """The entries of a scheduler's config that say what noise its network has learned, with the defaults of its class,
+    and of DDPMScheduler for entries that the class does not have. Raises ValueError."""
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise ValueError("the scheduler's config is not an object of JSON")
     name = config.get("_class_name", "DDPMScheduler")
@@ -125,7 +131,8 @@ def checked_scheduler(config: dict) -> dict:
         )
     if config.get("use_flow_sigmas"):
         raise ValueError("scheduler entry use_flow_sigmas: flow matching is not supported")
-    whole = {key: config.get(key, default) for key, (default, _) in _SCHEDULER.items()}
+    given = _OTHER_DEFAULTS.get(name, {}) | config
+    whole = {key: given.get(key, default) for key, (default, _) in _SCHEDULER.items()}
     for key, (_, valid) in _SCHEDULER.items():
         if not valid(whole[key]):
             raise ValueError(f"scheduler entry {key} of {shorten(whole[key])} is not supported")

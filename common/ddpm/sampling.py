@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common.ddpm.architecture import schedule_of
+from common.ddpm.architecture import Architecture, schedule_of
 from common.ddpm.digits import to_uint8
 from common.ddpm.noise import NoiseStreams
 from common.ddpm.samplers import Denoiser, sample
@@ -99,10 +99,11 @@ def generate(
     """
     path = image_file(folder, sampling, weights)
     metadata = {"sampling": sampling.to_json(), "weights": weights, "torch": torch.__version__}
-    shape = stored_shape(network.architecture.image_shape)
+    shape, denoise = stored_shape(network.architecture.image_shape), None
     while missing := distributed.on_first(lambda: _join(path, metadata, sampling, shape)):
+        denoise = denoise or prepare(network, sampling, device)  # by all processes, which may have to meet in it
         starts = distributed.shard(missing)
-        _sample_parts(network, metadata, sampling, device, path, starts, label, prepare, on_time)
+        _sample_parts(denoise, network.architecture, metadata, sampling, device, path, starts, label, on_time)
         distributed.barrier()
     return load_images(path)
 
@@ -159,21 +160,23 @@ def _read(path: Path, metadata: dict, shape: tuple[int, ...]) -> torch.Tensor | 
 
 
 def _sample_parts(
-    network: nn.Module,
+    denoise: Denoiser,
+    architecture: Architecture,
     metadata: dict,
     sampling: Sampling,
     device: torch.device,
     path: Path,
     starts: list[int],
     label: str,
-    prepare: Prepare,
     on_time: Callable[[float], None],
 ) -> None:
-    """Samples the batches that begin at `starts` into their parts, but for those that another script has made."""
+    """Samples the batches that begin at `starts` into their parts, but for those that another script has made.
+
+    Raises UserError where images are not numbers.
+    """
     if not starts:
         return
-    denoise, schedule = prepare(network, sampling, device), schedule_of(network.architecture)
-    shape = network.architecture.image_shape
+    schedule, shape = schedule_of(architecture), architecture.image_shape
     whole, warm_up = min(sampling.batch_size, sampling.images), WARM_UP
     with tqdm(total=len(starts) * sampling.steps, desc=label, unit="step") as bar:
         for start in starts:
@@ -200,6 +203,8 @@ def _sample_parts(
                 device,
                 on_step=on_step,
             )
+            if images.isnan().any():
+                raise UserError(f"{label}: the network predicts what is no number; its weights are too large")
             if len(indices) == whole:
                 for before, after in list(pairwise(times))[max(0, warm_up - 1) :]:
                     on_time((after - before) / whole)

@@ -21,7 +21,7 @@ from common.ddpm.digits import to_model_range, typical_variance
 from common.ddpm.noise import NoiseStreams
 from common.ddpm.schedule import Schedule
 from common.engines.costs import layer_costs
-from common.engines.integers import LAYERS, set_integers
+from common.engines.integers import LAYERS, integer_layers, set_integers
 from common.engines.openvino import PACKAGES, convert, installed_version, quiet
 from common.formats.numbers import IntegerTensor, channel_axes
 from common.runtime import distributed, sealed
@@ -138,7 +138,13 @@ def _read(path: Path, described: dict):
         raise CheckpointError(f"{path} does not hold the graph that belongs there")
     xml, weights = (tensors[name].numpy() for name in ("graph", "weights"))
     ordered = dict(sorted(costs.items(), key=lambda item: -item[1]))
-    return openvino.Core().read_model(xml.tobytes(), openvino.Tensor(weights)), ordered
+    try:
+        graph = openvino.Core().read_model(xml.tobytes(), openvino.Tensor(weights))
+    except RuntimeError:
+        raise CheckpointError(f"{path} holds no graph that OpenVINO reads") from None
+    if not costs.keys() <= integer_layers(graph).keys():
+        raise CheckpointError(f"{path} does not hold the graph that belongs there")
+    return graph, ordered
 
 
 def graph_tensors(graph) -> dict[str, torch.Tensor]:

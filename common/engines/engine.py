@@ -13,7 +13,15 @@ from common.ddpm.sampling import Prepare, Sampling
 from common.engines.calibration import kept_graph, noised_images
 from common.engines.costs import most_costly
 from common.engines.integers import restore_layers, stored_integers
-from common.engines.openvino import PACKAGES, convert, denoiser, installed_version, require_installed, sums_saturate
+from common.engines.openvino import (
+    PACKAGES,
+    convert,
+    denoiser,
+    has_bfloat16,
+    installed_version,
+    require_installed,
+    sums_saturate,
+)
 from common.formats.numbers import IntegerTensor
 from common.formats.packed import Model
 
@@ -33,13 +41,18 @@ def engine_name(engine: str, precision: str, images: str) -> str:
     packages = PACKAGES if is_integer(precision) else PACKAGES[:1]
     require_installed(*packages)
     versions = ", ".join(f"{package} {installed_version(package)}" for package in packages)
-    if not is_integer(precision):
+    if precision == "fp32":
         return versions
-    return f"{versions} on {images}" + (", sums of 16 bits" if sums_saturate() else "")
+    without = "" if has_bfloat16() else ", no bfloat16"
+    if not is_integer(precision):
+        return versions + without
+    return f"{versions} on {images}" + (", sums of 16 bits" if sums_saturate() else "") + without
 
 
 def warning(precision: str) -> str:
     """What a user should know of a precision on this CPU; mostly empty."""
+    if precision == "bf16" and not has_bfloat16():
+        return "--precision bf16: this CPU has no bfloat16, so OpenVINO computes in FP32"
     if not is_integer(precision) or not sums_saturate():
         return ""
     return (

@@ -14,7 +14,7 @@ LARGEST_CODE = 127
 
 def stored_integers(model: Model) -> dict[str, IntegerTensor]:
     """{weight: its codes and scales} of the weights that 8-bit integers hold as they are stored: int2 to int8, and
-    those of entropy coding whose codes are all within 127."""
+    those of entropy coding that are all within 127 of their steps."""
     shapes = tensor_shapes(model.config)
     if model.is_entropy_coded:
         steps = dict(zip(shapes, model.stored["entropy:steps"], strict=True))

@@ -61,6 +61,17 @@ def sums_saturate() -> bool:
     return bool(abs(found - 16 * 255 * 127) > 0.01 * 16 * 255 * 127)
 
 
+@lru_cache(maxsize=1)
+def has_bfloat16() -> bool:
+    """Whether OpenVINO computes in bfloat16 here; where the CPU cannot, it takes FP32 in its place."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    number = ops.parameter([1], np.float32)
+    compiled = compile_graph(ov.Model([ops.relu(number)], [number]), "bf16")
+    return compiled.get_property("INFERENCE_PRECISION_HINT") == ov.Type.bf16
+
+
 def convert(network: nn.Module, x: torch.Tensor, t: torch.Tensor):
     """The openvino.Model of a network in evaluation mode; inputs x (N, ...) float32 and t (N,) int64, of any N."""
     import openvino

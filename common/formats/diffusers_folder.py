@@ -10,7 +10,7 @@ from safetensors.torch import save as safetensors_save
 
 from common.ddpm.architecture import described
 from common.ddpm.pipelines import DiffusersConfig
-from common.errors import UserError, WriteError
+from common.errors import UserError
 from common.formats.packed import Model, full_precision, tensor_shapes
 from common.runtime.files import write_atomically
 from common.runtime.sealed import shorten
@@ -154,7 +154,7 @@ def write_folder(model: Model, folder: Path, dtype: torch.dtype = torch.float32)
     try:
         for name, content in _files(model, weights).items():
             write_atomically(folder / name, content)
-    except WriteError:
+    except BaseException:  # Ctrl-C too: the same command has to find the folder as it was
         for part in [folder] if made else folder.iterdir():
             shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
         raise

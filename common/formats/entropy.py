@@ -13,10 +13,10 @@ import torch
 
 from common.formats import coder, entropy_tables
 from common.formats.coder import LARGEST_CODE
+from common.formats.entropy_tables import MOST_CODES_PER_BYTE
 from common.formats.trellis import NO_TRELLIS, TRELLIS, columns_of, multiples, of_columns
 from common.runtime import sealed
 
-MOST_CODES_PER_BYTE = 12_000  # a decision takes 0.0007 bits or more
 _LAYOUTS = {None: 0, 0: 1, 1: 2}  # {the axis of the trellis: what the file says}
 
 
@@ -45,8 +45,8 @@ def encode(
 def decode(stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
     """The FP32 weights, of `shapes`, that `encode` stored: multiples of their steps.
 
-    Raises ValueError where `stored` does not fit `shapes` or itself. Few bytes may stand for many weights: whoever
-    takes `shapes` from a file bounds them first.
+    Raises ValueError where `stored` does not fit `shapes` or itself. Few bytes may stand for many weights (at most
+    MOST_CODES_PER_BYTE): whoever takes `shapes` from a file bounds them first.
     """
     if version_of(stored) == 1:
         return entropy_tables.decode(stored, shapes)
@@ -66,7 +66,9 @@ def extend(
     steps: dict[str, float],
 ) -> dict[str, torch.Tensor]:
     """What a file stores of the weights, of `shapes`, that `stored` holds, and of further ones, as `encode` takes them,
-    which come last."""
+    which come last. Raises ValueError for what version 1 stores."""
+    if version_of(stored) != 2:
+        raise ValueError("files of version 1 are not extended")
     integers, axes = dict.fromkeys(shapes), dict.fromkeys(codes)  # in the order of `shapes`, not of the stream
     former = dict(zip(shapes, stored["entropy:steps"].tolist(), strict=True))
     for name, columns, axis in _read(stored, shapes):

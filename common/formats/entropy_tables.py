@@ -14,6 +14,7 @@ import torch
 from common.runtime import sealed
 
 DIRECT = 16  # magnitudes below it are symbols of their own
+MOST_CODES_PER_BYTE = 12_000  # of version 2 too, where a decision takes 0.0007 bits or more
 LARGEST_SYMBOL = 175  # that of 2^24 - 1: 8 * 20 bits of remainder + leading bits 15
 
 
@@ -35,13 +36,12 @@ def groups_of(shapes: dict[str, Sequence[int]]) -> list[Group]:
 def decode(stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
     """The FP32 weights, of `shapes`, of version 1: multiples of their steps.
 
-    Raises ValueError where `stored` does not fit `shapes` or itself. Few bytes may stand for many weights: whoever
-    takes `shapes` from a file bounds them first.
+    Raises ValueError where `stored` does not fit `shapes` or itself.
     """
     import constriction  # here and below: old files alone need it
 
     groups = groups_of(shapes)
-    _require_stored(stored, len(shapes), len(groups))
+    _require_stored(stored, len(shapes), groups)
     arrays = {name: tensor.cpu().numpy() for name, tensor in stored.items()}
     coder = constriction.stream.stack.AnsCoder(arrays["entropy:symbols"].view("<u4").astype(np.uint32))
     bits = np.unpackbits(arrays["entropy:remainders"])
@@ -62,13 +62,13 @@ def decode(stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> di
     return {name: weights[name] for name in shapes}
 
 
-def _require_stored(stored: dict[str, torch.Tensor], tensors: int, groups: int) -> None:
+def _require_stored(stored: dict[str, torch.Tensor], tensors: int, groups: list[Group]) -> None:
     """Raises ValueError naming what is not as version 1 stores it."""
     sealed.require_tensors(
         stored,
         {
             "entropy:steps": (torch.float32, (tensors,)),
-            "entropy:ranges": (torch.int16, (groups, 2)),
+            "entropy:ranges": (torch.int16, (len(groups), 2)),
             "entropy:tables": (torch.uint8, (None,)),
             "entropy:symbols": (torch.uint8, (None,)),
             "entropy:remainders": (torch.uint8, (None,)),
@@ -86,6 +86,9 @@ def _require_stored(stored: dict[str, torch.Tensor], tensors: int, groups: int) 
         raise ValueError("entropy:tables hold one of zeros alone")
     if len(stored["entropy:symbols"]) % 4:
         raise ValueError("entropy:symbols are no whole number of words")
+    size = len(stored["entropy:symbols"]) + len(stored["entropy:remainders"])
+    if (weights := sum(sum(group.sizes) for group in groups)) > MOST_CODES_PER_BYTE * (size + 8):
+        raise ValueError(f"{weights} weights, more than {size} bytes of symbols can stand for")
 
 
 def _join(symbols: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -67,7 +67,8 @@ def quantize_integer(weight: torch.Tensor, fmt: str, axis: int, scale: torch.Ten
     Raises UserError for weights that are not finite.
     """
     weight, largest = weight.float(), largest_code(fmt)
-    scale = largest_weight_scale(weight, fmt, axis) if scale is None else scale
+    usual = largest_weight_scale(weight, fmt, axis)  # which raises
+    scale = usual if scale is None else scale
     codes = (weight / along(scale, axis, weight.dim())).round().clamp(-largest, largest).to(torch.int8)
     return IntegerTensor(codes, scale, axis)
 

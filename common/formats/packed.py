@@ -127,6 +127,11 @@ def tensor_shapes(config: Architecture) -> Mapping[str, tuple[torch.Size, int]]:
     return MappingProxyType({name: (tensor.shape, axes[name]) for name, tensor in network.state_dict().items()})
 
 
+def weights_of(config: Architecture) -> int:
+    """How many numbers the network's tensors hold."""
+    return sum(shape.numel() for shape, _ in tensor_shapes(config).values())
+
+
 def size_mib(config: Architecture, formats: dict[str, str]) -> float:
     """MiB of a model from its shapes alone; tensors that `formats` does not name are FP32."""
     shapes = tensor_shapes(config)
@@ -206,7 +211,7 @@ def _model_of(stored: dict[str, torch.Tensor], metadata: dict) -> Model:
     if coded:
         if formats != _CODED[entropy.version_of(stored)]:
             raise ValueError(f"its tensors are not of the format {formats}")
-        if (weights := sum(shape.numel() for shape, _ in shapes.values())) > MOST_CODED_WEIGHTS:
+        if (weights := weights_of(config)) > MOST_CODED_WEIGHTS:
             raise ValueError(f"{weights} weights, more than the {MOST_CODED_WEIGHTS} that are decoded")
         return Model(config, stored, dict.fromkeys(shapes, "entropy"), about)
     sealed.require_metadata(formats, dict.fromkeys(shapes, str))

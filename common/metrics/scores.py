@@ -4,6 +4,7 @@ Errors are those of drawing other generated images from the same model (`common.
 are held fixed.
 """
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -111,15 +112,16 @@ def require_enough(images: int, network: nn.Module) -> None:
         )
 
 
-def load_reference(digits: torch.Tensor, network: nn.Module, cache: Path | None) -> Reference:
+def load_reference(digits: torch.Tensor, network: nn.Module, cache: Path | None, device: str = "cpu") -> Reference:
     """Statistics of uint8 digits (N, H, W) or (N, C, H, W), kept in the folder `cache` under everything that they
-    depend on.
+    depend on, the name of the `device` too: another rounds otherwise.
 
     A kept file that is damaged, or that does not hold what it should, is made anew, and a line on stderr says so.
     """
     if cache is None:
         return make_reference(extract(digits, network)[0])
-    key = sealed.hash_tensors({"digits": digits})[:12] + "-" + network.sha256[:12]
+    made_by = hashlib.sha256(f"{network.sha256} {device} {torch.__version__}".encode()).hexdigest()
+    key = sealed.hash_tensors({"digits": digits})[:12] + "-" + made_by[:12]
     path = cache / f"{network.name}-{key}.safetensors"
     reference = distributed.on_first(lambda: _read_reference(path, network.dimensions, len(digits)))
     if reference is None:

@@ -27,9 +27,14 @@ def start(device: torch.device) -> torch.device:
     started = "TORCHELASTIC_RUN_ID" in os.environ
     if started and device.type == "cuda":
         wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if device.index is not None or wanted > there:
+        if device.index is not None:
             raise UserError(
-                f"{wanted} processes need a GPU each: {there} are there; leave --device {device} out or use cpu"
+                f"--device {device}: {wanted} processes need a GPU each; leave it out, or give --device cpu"
+            )
+        if wanted > there:
+            raise UserError(
+                f"{wanted} processes need a GPU each, and {there} are there: give torchrun "
+                f"--nproc_per_node={there}, or use --device cpu"
             )
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":

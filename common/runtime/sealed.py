@@ -21,6 +21,7 @@ from common.runtime.files import write_atomically
 
 VERSION = 1  # of the format; files without one are of version 0, which differs in nothing else
 _KEY = "simplediffusion"
+LARGEST_HEADER = 100_000_000  # bytes, as in safetensors
 _UNSEALED = b"0" * 64
 _SEAL = re.compile(rb'\\"sha256\\": \\"([0-9a-f]{64})\\"')
 # What safetensors, torch and json meet in a header that others made.
@@ -64,21 +65,26 @@ def load(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise CheckpointError(f"{path} is a device or a pipe; name a file")
-    content = path.read_bytes()
-    seal = _SEAL.search(content)
-    if seal is None:
-        raise CheckpointError(
-            f"{path} is not a file of this project, or its header is damaged; name another, or delete it"
-        )
-    digest = hashlib.sha256(content[: seal.start(1)])
-    digest.update(_UNSEALED)
-    digest.update(content[seal.end(1) :])
+    with path.open("rb") as file:
+        start = file.read(8)
+        header_size = int.from_bytes(start, "little")
+        header = file.read(header_size) if header_size <= LARGEST_HEADER else b""
+        seal = _SEAL.search(header)
+        if seal is None:
+            raise CheckpointError(
+                f"{path} is not a file of this project, or its header is damaged; name another, or delete it"
+            )
+        try:
+            content = b"".join((start, header, file.read()))
+        except MemoryError:
+            raise CheckpointError(f"{path} is larger than the memory that is free; name another file") from None
+    digest = hashlib.sha256(start + header[: seal.start(1)] + _UNSEALED)
+    digest.update(memoryview(content)[8 + seal.end(1) :])
     if digest.hexdigest().encode() != seal[1]:
         raise CheckpointError(f"{path} is truncated or altered: its bytes do not fit its checksum; make it anew")
     try:
         tensors = safetensors_load(content)
-        header_size = int.from_bytes(content[:8], "little")
-        metadata = json.loads(json.loads(content[8 : 8 + header_size])["__metadata__"][_KEY])
+        metadata = json.loads(json.loads(header)["__metadata__"][_KEY])
         found, version = metadata.pop("kind"), metadata.pop("version", 0)
         metadata.pop("sha256")
     except _MISREAD as error:

@@ -11,7 +11,7 @@ from common.choose import allocation
 from common.choose.allocation import BudgetError
 from common.choose.controls import generator_of, like_tensors, permute
 from common.errors import UserError
-from common.formats.packed import MIB, Model
+from common.formats.packed import MIB, MOST_CODED_WEIGHTS, Model, weights_of
 from common.options import number
 from common.runtime import distributed
 from common.study.budget_search import (
@@ -99,7 +99,12 @@ def limits_of(baseline: Model, factors: list[float]) -> dict[str, int]:
 
 def require_reachable(run: Run, baseline: Model, coding: str, limits: dict[str, int]) -> float:
     """How many times smaller than the baseline's tensors a file can be. Raises UserError for a limit below."""
-    size = baseline.size_mib() * MIB
+    size, weights = baseline.size_mib() * MIB, weights_of(baseline.config)
+    if coding == "entropy" and weights > MOST_CODED_WEIGHTS:
+        raise UserError(
+            f"--coding entropy: the network has {weights:,} weights, and entropy-coded files hold at most "
+            f"{MOST_CODED_WEIGHTS:,}; use --coding fixed"
+        )
     longest = budget_metadata(run, baseline, coding, max(limits, key=len, default=""))
     least = make_allocator(baseline, coding, {}).smallest(longest) + SLACK
     for asked, limit in limits.items():

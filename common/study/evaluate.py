@@ -99,7 +99,7 @@ def make_evaluator(run: Run) -> Evaluator:
     channels = run.preset.network.image_shape[0]
     features = load_features(run.metric, run.device, run.inception_weights, channels)
     require_enough(run.sampling.images, features)
-    reference = load_reference(run.load_images("train"), features, run.out / "reference")
+    reference = load_reference(run.load_images("train"), features, run.out / "reference", run.sampling.device)
     evaluator = Evaluator(run.sampling, run.seeds, run.device, run.out / "images", features, reference)
     return evaluator if run.sampling.engine == "torch" else with_engine(run, evaluator, run.sampling.precision)
 
