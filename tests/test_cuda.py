@@ -9,6 +9,7 @@ import torch
 
 from common.choose import rounding
 from common.choose.feedback import measure_feedback
+from common.ddpm import sampling as sampling_module
 from common.ddpm.noise import NoiseStreams
 from common.ddpm.samplers import sample
 from common.ddpm.sampling import Sampling, generate
@@ -88,11 +89,13 @@ def test_bf16_is_near_fp32_and_not_the_same(tiny_network):
 
 
 @on_gpu
-def test_kept_images_are_on_the_cpu_and_sampled_once(tiny_network, tmp_path):
+def test_kept_images_are_on_the_cpu_and_sampled_once(tiny_network, tmp_path, monkeypatch):
     sampling = Sampling(5, "ddim", 2, 1.0, 2, 0, device_name(DEVICE), "fp32")
     first = generate(copy_of(tiny_network), "weights", sampling, DEVICE, tmp_path / "one", "label")
     assert first.device == CPU and first.shape == (5, 32, 32)
     assert torch.equal(generate(copy_of(tiny_network), "weights", sampling, DEVICE, tmp_path / "other", "label"), first)
+    monkeypatch.setattr(sampling_module, "sample", lambda *_, **__: pytest.fail("sampled again"))
+    assert torch.equal(generate(copy_of(tiny_network), "weights", sampling, DEVICE, tmp_path / "one", "label"), first)
 
 
 @on_gpu
@@ -188,6 +191,12 @@ def test_fisher_information_is_that_of_the_cpu(tiny_network, samples):
         assert their_errors[name] == pytest.approx(errors[name], rel=1e-3, abs=1e-9 * largest)
 
 
+def inverse_of(factor):
+    """Of the damped second moment, in the columns' own order."""
+    inverse, places = factor.upper.T @ factor.upper, np.argsort(factor.order)
+    return inverse[np.ix_(places, places)]
+
+
 @on_gpu
 def test_feedback_is_that_of_the_cpu(tiny_network, samples):
     expected = measure_feedback(copy_of(tiny_network), loss, samples)
@@ -196,4 +205,5 @@ def test_feedback_is_that_of_the_cpu(tiny_network, samples):
         # Columns of equal weight may change places, so what does not depend on the order is compared.
         assert feedback.gain == pytest.approx(expected[name].gain, rel=1e-2)
         for ours, theirs in zip(feedback.factors, expected[name].factors, strict=True):
-            assert np.isfinite(ours.upper).all() and sorted(ours.order) == sorted(theirs.order)
+            inverses = [inverse_of(factor) for factor in (ours, theirs)]
+            assert np.abs(inverses[0] - inverses[1]).max() < 0.02 * np.abs(inverses[1]).max()

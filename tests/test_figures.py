@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import PolyCollection
 from matplotlib.text import Text
 
 from common.choose.layers import layer_weights
@@ -101,6 +102,13 @@ def test_fid_and_psnr_against_size():
     assert names["Budget, int4"].xy == (0.5, 0.3) and names["Uniform"].xy == (4.0, 0.09)
     assert [text.get_text() for text in fid.get_legend().get_texts()] == [REAL.label] and not psnr.get_legend()
     assert linked(fid) == {"Uniform", "Budget, int4", "Budget, entropy, 600 updates, Fisher values: first"}
+    assert {(0.5, 0.27), (0.5, 0.33), (0.8, 0.18), (0.8, 0.22)} in shaded(fid)  # one error on either side of two points
+
+
+def shaded(axis):
+    """The corners of each area beside a line."""
+    areas = [area for area in axis.collections if isinstance(area, PolyCollection)]
+    return [{tuple(np.round(at, 9)) for at in path.vertices} for area in areas for path in area.get_paths()]
 
 
 def linked(axis):
@@ -142,6 +150,8 @@ def test_waterfall():
     names = [label.get_text() for label in axis.get_yticklabels()]
     found = {names[round(bar.get_y() + bar.get_height() / 2)]: bar.get_width() for bar in axis.patches}
     assert found == {"nearest": 0.3, "no feedback": 0.2, "all parts": 0.1}
+    ends = [s[:, 0] for bars in axis.containers if hasattr(bars, "lines") for s in bars.lines[2][0].get_segments()]
+    assert sorted(map(tuple, ends)) == [pytest.approx((v - 0.01, v + 0.01)) for v in (0.1, 0.2, 0.3)]
     assert frontier.draw_waterfall(rows[1:]) is None
 
 

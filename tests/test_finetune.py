@@ -55,13 +55,6 @@ def test_weights_that_lose_nothing_stay(tmp_path):
     assert run(Scale(0.5), 0.5, 0.25, 5, tmp_path / "state") == (0.5, 0.25)
 
 
-def test_weights_start_in_the_cells_of_their_codes_on_the_side_of_the_networks_own(monkeypatch, tmp_path):
-    monkeypatch.setattr(finetuning, "RATE", 0.0)
-    monkeypatch.setattr(finetuning, "STEP_RATE", 0.0)
-    latent = [run(Scale(own), 0.7, 0.1, 1, tmp_path / f"{own}")[0] for own in (0.9, 0.73, 0.5)]
-    assert latent == pytest.approx([0.745, 0.73, 0.655])
-
-
 class Matrix(nn.Module):
     """Its output is its weight times the input; so for white inputs the loss is the squared error of the weight."""
 
@@ -164,13 +157,14 @@ def test_the_key_differs_with_all_that_the_result_depends_on(monkeypatch):
     }  # fmt: skip
     keys = [finetuning.state_key(**settings), *(finetuning.state_key(**settings | {k: v}) for k, v in others.items())]
     constants = [(finetuning, name) for name in ("METHOD_VERSION", "RATE", "STEP_RATE", "WARMUP")]
-    constants += [(finetuning, name) for name in ("REFRESH", "RECOUNT", "SPARE")]
-    constants += [(finetune_inputs, name) for name in ("BATCH", "STATES", "STEPS", "IMAGES")]
+    constants += [(finetuning, name) for name in ("REFRESH", "RECOUNT", "RECOUNT_WEIGHTS", "SPARE")]
+    constants += [(finetune_inputs, name) for name in ("BATCH", "STATES", "SAMPLER", "STEPS", "IMAGES")]
     constants += [
         (price, "ABSENT"),
         (price, "PROPORTIONAL"),
         (price, "INTEGRAL"),
         (price, "FARTHEST"),
+        (price, "MEMORY"),
         (quantized, "INSIDE"),
     ]
     for module, name in constants:

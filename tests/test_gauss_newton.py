@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, jacrev
 
+from common.choose.allocation import shrink
+from common.ddpm.digits import to_model_range
 from common.ddpm.schedule import Schedule
 from common.errors import UserError
 from common.fisher.gauss_newton import gauss_newton, random_signs
@@ -14,7 +16,7 @@ from common.formats.packed import full_precision
 from common.options import strategy_parser
 from common.runtime.sealed import CheckpointError
 from common.study import diffusion_fisher
-from common.study.budget_models import budget_metadata
+from common.study.budget_models import budget_metadata, tensor_values
 from common.study.pipeline import quantized_metadata
 from common.study.run import start
 
@@ -118,6 +120,28 @@ def test_table_is_that_of_the_networks_output(run_and_model, tiny_network):
     expected = float(signs.flatten(1).sum(1).square().mean() / 1024)
     assert tiny_network(Schedule().add_noise(x0, t, noise), t).shape == noise.shape
     assert float(table.values[1, table.names.index("output_conv.bias")]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_feedback_is_measured_where_errors_weigh_in_the_image(run_and_model, monkeypatch):
+    run, model = run_and_model
+    run = replace(run, preset=replace(run.preset, fisher_digits=200))
+    monkeypatch.setattr(diffusion_fisher, "measure_feedback", lambda network, loss, samples: samples)
+    x0, t, noise, signs = diffusion_fisher.rounding_feedback(run, model)
+    weights = torch.tensor(Schedule().image_weights(list(range(1000)), run.image_variance))
+    assert float(t.double().mean()) == pytest.approx(float((weights * torch.arange(1000)).sum() / weights.sum()), abs=3)
+    assert x0.shape == noise.shape == signs.shape and set(signs.unique().tolist()) == {-1, 1}
+    first = to_model_range(run.load_images("train")[:200])
+    assert len(x0.unique(dim=0)) == 200 and not torch.equal(x0, first)  # of all digits, not of those that come first
+
+
+def test_the_weighting_that_is_asked_for_decides_the_steps(run_and_model):
+    run, model = run_and_model
+    run = replace(run, curvature="fisher")
+    table = diffusion_fisher.fisher_table(run, model)
+    found = [tensor_values(replace(run, timestep_weighting=w), model) for w in ("first", "uniform", "image")]
+    expected = [shrink(*table.estimates(weighting)).tolist() for weighting in ("first", "uniform", "image")]
+    assert [list(values.values()) for values in found] == expected
+    assert expected[0] != expected[1] != expected[2] != expected[0]
 
 
 def test_labels_and_metadata_name_them(run_and_model):

@@ -51,6 +51,11 @@ def test_a_grid_places_images_row_by_row(tmp_path):
     assert (grid[:4, :6] == 0).all() and (grid[6:, 8:14] == 160).all() and (grid[6:, 16:] == 255).all()
 
 
+def test_a_grid_of_64_is_what_one_model_is_drawn_as(files, command, tiny_network):
+    command("a.safetensors --steps 2 --out grid.png")
+    assert (files / "grid.png").read_bytes() == png_of_grid(list(images_of(tiny_network, files, "a", 64)))
+
+
 def test_the_images_as_files_are_those_that_rows_score(files, command, tiny_network):
     command("a.safetensors --images 260 --steps 2 --png there")
     assert sorted(path.name for path in files.iterdir()) == ["a.safetensors", "b.safetensors", "there"]

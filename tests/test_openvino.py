@@ -270,6 +270,9 @@ def test_images_are_near_those_of_torch_and_timed(network, model, images, kept, 
     assert made.shape == by_torch.shape and made.dtype == torch.uint8
     error = mean_square(made.float() - by_torch.float()) ** 0.5
     assert error < {"fp32": 0.2, "bf16": 12}.get(precision, 40)
+    if precision not in ("fp32", "bf16"):
+        graph = OpenVINO(images, "noise", kept[0]).graph(network, model.sha256, {}, sampling)
+        assert integer_layers(graph).keys() == integer_layers(kept[1]).keys() - left_layers(kept[2], precision)
     assert len(times) == 3 + 4 and all(0 < seconds < 10 for seconds in times)  # whole batches, after the first steps
 
 

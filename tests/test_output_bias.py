@@ -1,6 +1,7 @@
 """The mean error of a quantized network's output, in few maps: measured, coded, taken off."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,13 +11,14 @@ from common.choose import rounding
 from common.choose.feedback import no_feedback
 from common.choose.output_bias import MAPS, MIXTURE, MIXTURE_STEP, STEP, factor
 from common.ddpm.architecture import schedule_of
+from common.ddpm.digits import to_model_range
 from common.ddpm.unet import OutputBias, UNet
 from common.formats import entropy
 from common.formats.packed import file_bytes, full_precision, load_model, save_model, tensor_shapes
 from common.presets import UNetConfig
 from common.study import codings, output_bias
 from common.study.codings import EntropyCoding, coded_model
-from common.study.output_bias import OutputBiasFit, clipped_bias, predict
+from common.study.output_bias import OutputBiasFit, clipped_bias, measure_outputs, predict
 
 TINY = UNetConfig(channels=(4, 8, 16, 32, 32, 24), groups=4, heads=2, dropout=0.0, timesteps=1000)
 TIMESTEPS = torch.arange(49, TINY.timesteps, 50)  # of a sampler of 20 steps
@@ -99,6 +101,21 @@ def test_a_known_shift_is_taken_off(of, baseline, fit):
     after = predict(corrected.network(), fit.inputs, TIMESTEPS, "test") - fit.outputs
     assert before.mean() == pytest.approx(0.5, abs=0.02)
     assert abs(after.mean()) < 0.02 and after.square().mean() < 0.01 * before.square().mean()
+
+
+def test_it_is_measured_at_the_timesteps_of_the_mixture_on_training_digits(baseline):
+    digits = torch.randint(0, 256, (9, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    run = SimpleNamespace(
+        device=torch.device("cpu"), preset=SimpleNamespace(fisher_grid_digits=3), load_images={"train": digits}.get
+    )
+    measured = measure_outputs(run, baseline)
+    assert measured.timesteps.tolist() == TIMESTEPS.tolist() and measured.inputs.shape == (20, 3, 1, 32, 32)
+    x0 = to_model_range(digits).flatten(1)
+    nearest = torch.cdist(measured.inputs[0].flatten(1), x0).min(1).values  # at the least noise
+    assert (nearest < 0.5 * torch.cdist(x0, x0 + 2 * torch.eye(9, 1024)).mean()).all()
+    assert not torch.equal(measured.inputs[0], measured.inputs[1])
+    t = measured.timesteps[:1].expand(3)
+    assert torch.allclose(measured.outputs[0], baseline.network()(measured.inputs[0], t), atol=1e-5)
 
 
 @pytest.mark.parametrize("t", [49, 499, 999])

@@ -215,7 +215,7 @@ def test_random_features_are_the_same_everywhere():
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     features, probabilities = network.extract(images)
     assert features.shape == (5, network.dimensions) and probabilities is None
-    assert network.sha256 == load_features("random", torch.device("cpu"), channels=3).sha256
+    assert network.sha256.startswith("8f65434d")  # that of the rows in reference/coloured
     assert not torch.equal(features[0], features[1])
 
 

@@ -89,6 +89,12 @@ def test_it_says_what_the_rows_say_and_nothing_is_code(page):
     assert "mnist features abcc2d22" in text
 
 
+def test_it_has_the_lines_that_stand_below_the_printed_table(tmp_path):
+    measured = replace(ROWS[1], loss_increase=Figure(2e-3, 1e-4), ms_per_step=5.0)
+    text = write_page(tmp_path, [[ROWS[0], measured]], []).read_text()
+    assert "<p>Uniform (INT4): loss x1000 on held-out images" in text and "Uniform (INT4) 5</p>" in text
+
+
 def test_it_shows_the_format_of_each_tensor_that_any_row_quantizes(page):
     cells = [(a["title"], a["class"]) for tag, a in Text(page.read_text()).tags if tag == "td" and "title" in a]
     assert cells[:3] == [

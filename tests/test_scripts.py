@@ -405,6 +405,11 @@ def test_precision_and_fisher_of_all_timesteps_are_said(call, trained):
         "Baseline (FP32) [bf16]", "Uniform (FP16) [bf16]", "Threshold 0.1 (FP16, Fisher over all timesteps) [bf16]",
     ]  # fmt: skip
     assert "sampled in bf16" in printed
+    packed = load_model(Path(row_of("Threshold 0.1 (FP16, Fisher over all timesteps) [bf16]")["file"]))
+    (path,) = Path("results/quick").glob("fisher-*.safetensors")
+    table, names = information.load(path, packed.metadata["baseline"]), layer_weights(packed.state)
+    kept, first = ({n for n, f in table.at(w, names).items() if f >= 0.1} for w in ("uniform", "first"))
+    assert {name for name in names if packed.formats[name] == "fp32"} == kept != first
 
 
 def test_results_are_strict_json_even_where_psnr_is_infinite(call, trained, monkeypatch):

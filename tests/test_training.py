@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 
+from common.ddpm.schedule import Schedule, denoising_loss
 from common.ddpm.unet import UNet
 from common.presets import TrainingConfig
 from common.runtime import sealed
@@ -107,6 +108,22 @@ def test_one_place_from_each_stratum(n):
     generators = (torch.Generator().manual_seed(seed) for seed in (3, 3, 4))
     first, same, other = (stratified(n, CPU, generator) for generator in generators)
     assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.75])
+def test_a_share_of_the_timesteps_is_as_dense_as_it_weighs(run, tmp_path, monkeypatch, share):
+    drawn = []
+
+    def watched(network, schedule, x0, t, noise):
+        drawn.append(t)
+        return denoising_loss(network, schedule, x0, t, noise)
+
+    monkeypatch.setattr(loop, "denoising_loss", watched)
+    run(replace(CONFIG, steps=5, batch_size=10, image_share=share), state=tmp_path / "state")
+    abar = Schedule().alphas_cumprod
+    by_weight = float((abar * (1 - abar) * range(1000)).sum() / (abar * (1 - abar)).sum())
+    expected = share * by_weight + (1 - share) * 499.5
+    assert torch.cat(drawn).double().mean() == pytest.approx(expected, abs=25) and 499.5 - by_weight > 150
 
 
 def test_ema_of_a_run_closed_form(run, tmp_path):

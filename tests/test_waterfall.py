@@ -7,7 +7,7 @@ import pytest
 
 from common.errors import run_main
 from common.formats.packed import MIB, full_precision, load_model, save_model
-from common.study import output_bias, report
+from common.study import output_bias, pipeline, report
 from common.study.rows import ResultStore
 from common.study.run import preset_checkpoint
 
@@ -77,7 +77,7 @@ def test_a_rule_and_its_permutations(call, capfd, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("rounding", ["least-error", "feedback"])
-def test_uniform_models_rounded_with_care(call, rounding):
+def test_uniform_models_rounded_with_care(call, rounding, monkeypatch):
     rows = {row.label: row for row in call("simplediffusion", "--format", "int3", "--rounding", rounding)}
     row = rows[f"Uniform (INT3, {rounding.replace('-', ' ')})"]
     rows = {row.label: row for row in call("simplediffusion", "--format", "int3")}
@@ -92,6 +92,9 @@ def test_uniform_models_rounded_with_care(call, rounding):
         for r in (row, plain)
     ]
     assert rounding == "feedback" or errors[0] < errors[1]
+    monkeypatch.setattr(pipeline, "rounding_feedback", lambda run, baseline: {})
+    again = {row.label: row for row in call("simplediffusion", "--format", "int3", "--rounding", rounding)}
+    assert (again[row.label].weights == row.weights) == (rounding != "feedback")
 
 
 def test_rounding_goes_with_integers(call, capfd):

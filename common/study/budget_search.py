@@ -28,19 +28,22 @@ def search(acceptable: Callable[[float], bool], most: float, start: float = STAR
     """The largest factor found acceptable, and the smallest that is larger and is not; None where none was found.
 
     Walks from `start` in strides to where acceptable(times) changes, then halves the last stride until `RESOLUTION`.
-    Factors lie in 1..`most`.
+    Factors lie in 1..`most`, the largest of which is tried where all below are acceptable.
     """
     low = high = None
-    times = min(start, math.floor(10 * most) / 10)
-    while 1 <= times <= most:
+    largest = math.floor(10 * most) / 10
+    times = min(start, largest)
+    while times >= 1:
         if acceptable(times):
             low = times
         else:
             high = times
         if low is None:
             times = float(f"{high / STRIDE:.3g}")
+        elif high is None and low < largest:
+            times = min(float(f"{low * STRIDE:.3g}"), largest)
         elif high is None:
-            times = float(f"{low * STRIDE:.3g}")
+            break
         elif high / low > RESOLUTION:
             times = float(f"{(low * high) ** 0.5:.3g}")
         else:

@@ -10,11 +10,13 @@ from common.choose.layers import layer_of
 from common.presets import FORMATS
 from common.runtime.files import write_atomically
 from common.study.columns import MAIN, MORE, NOTHING, cells, filled
+from common.study.held_out import format_losses
 from common.study.memorised import format_nearest
-from common.study.report import MORE_FOOT, describe, feet_of
+from common.study.report import MORE_FOOT, describe, feet_of, format_times
 from common.study.rows import BASELINE, Row, kind_of
 
 NAME = "report.html"
+SAID = (format_nearest, format_losses, format_times)  # below the table
 CAPTIONS = {  # of the figures, by how their names begin: what to see
     "samples": "The first images of each row. Each column starts from the same noise, so a digit that differs from "
     "FP32's is one that quantization changed.",
@@ -57,7 +59,7 @@ def write_page(folder: Path, groups: list[list[Row]], pictures: list[Path]) -> P
                     [Cell(text, _number(text)) for text in [row.label, *cells(row, columns, rows)]] for row in rows
                 ],
                 "foot": ". ".join([*feet_of(rows), MORE_FOOT]),
-                "lines": format_nearest(rows).splitlines(),
+                "lines": [line for said in SAID for line in said(rows).splitlines()],
                 "kept": _kept(rows),
                 "pictures": [_picture(path) for path in own],
             }

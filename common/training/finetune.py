@@ -43,7 +43,8 @@ def state_key(network: str, weights: str, steps: dict[str, float], data: str, se
     """
     method = [METHOD_VERSION, RATE, STEP_RATE, WARMUP, quantized.INSIDE, REFRESH, RECOUNT, RECOUNT_WEIGHTS, SPARE]
     method += [price.ABSENT, price.PROPORTIONAL, price.INTEGRAL, price.FARTHEST, price.MEMORY]
-    method += [finetune_inputs.BATCH, finetune_inputs.STATES, finetune_inputs.STEPS, finetune_inputs.IMAGES]
+    method += [finetune_inputs.BATCH, finetune_inputs.STATES, finetune_inputs.SAMPLER, finetune_inputs.STEPS]
+    method += [finetune_inputs.IMAGES]
     method += [torch.__version__]
     of = [network, weights, sorted(steps.items()), data, seed, precision, sorted(more.items()), *method]
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()
