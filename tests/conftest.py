@@ -1,11 +1,16 @@
-"""A network small enough to train in a test, and the quick preset made of it."""
+"""A network small enough to train in a test, the quick preset made of it, and the settings of a row."""
 
 from dataclasses import replace
 
 import pytest
 
 from common.presets import PRESETS, TrainingConfig, UNetConfig
+from common.study.rows import Settings
 
+SETTINGS = Settings(
+    preset="quick", baseline="b" * 64, metric="mnist features abcc2d22", data="mnist5k", sampler="dpm++", steps=10,
+    eta=0.0, images=500, seed=0, precision="fp32", batch_size=50, device="cpu", torch="2",
+)  # fmt: skip
 TINY = UNetConfig(channels=(4, 8, 16, 32, 32, 24), groups=2, heads=2, dropout=0.0)
 
 

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from conftest import SETTINGS
 from matplotlib.collections import PolyCollection
 from matplotlib.text import Text
 
@@ -14,12 +15,7 @@ from common.choose.layers import layer_weights
 from common.fisher.information import FisherTable
 from common.formats.packed import tensor_shapes
 from common.study import figures, frontier
-from common.study.rows import Figure, Row, Settings
-
-SETTINGS = Settings(
-    preset="quick", baseline="b" * 64, metric="mnist features abcc2d22", data="mnist5k", sampler="dpm++", steps=10,
-    eta=0.0, images=500, seed=0, precision="fp32", batch_size=50, device="cpu", torch="2",
-)  # fmt: skip
+from common.study.rows import Figure, Row
 
 
 def row(strategy, fid, fid_error, psnr=None, **facts):

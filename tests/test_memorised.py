@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -11,12 +12,9 @@ from common.metrics import memorised
 from common.metrics.memorised import excess_of_training, median_and_error, nearest
 from common.runtime import sealed
 from common.study.memorised import compared_with_training, format_nearest
-from common.study.rows import BASELINE, REAL, Figure, ResultStore, Row, Settings, row_from_json
+from common.study.rows import BASELINE, REAL, Figure, ResultStore, Row, row_from_json
 
-SETTINGS = Settings(
-    preset="quick", baseline="b" * 64, metric="mnist features abcc2d22", data="mnist5k", sampler="dpm++", steps=10,
-    eta=0.0, images=5, seed=0, precision="fp32", batch_size=50, device="cpu", torch="2",
-)  # fmt: skip
+SETTINGS = replace(conftest.SETTINGS, images=5)
 ROW = Row("u", SETTINGS, fid=Figure(1, 0.1), kid=Figure(0, 0), inception_score=Figure(1, 0), strategy="Uniform")
 
 

@@ -8,14 +8,11 @@ from html.parser import HTMLParser
 
 import matplotlib.pyplot as plt
 import pytest
+from conftest import SETTINGS
 
 from common.study.page import write_page
-from common.study.rows import Figure, Row, Settings
+from common.study.rows import Figure, Row
 
-SETTINGS = Settings(
-    preset="quick", baseline="b" * 64, metric="mnist features abcc2d22", data="mnist5k", sampler="dpm++", steps=10,
-    eta=0.0, images=500, seed=0, precision="fp32", batch_size=50, device="cpu", torch="2",
-)  # fmt: skip
 FORMATS = {"layer1.conv.weight": "int4", "layer1.norm.weight": "fp16", "layer2.conv.weight": "fp32"}
 HOSTILE = "<script>alert(1)</script> & \"'"
 CHROMIUM = shutil.which("chromium")

@@ -4,16 +4,14 @@ import json
 import multiprocessing
 from dataclasses import replace
 
+import conftest
 import pytest
 
 from common.errors import UserError
 from common.study.report import format_table
-from common.study.rows import REAL, Figure, ResultStore, Row, Settings, group_rows, row_from_json
+from common.study.rows import REAL, Figure, ResultStore, Row, group_rows, row_from_json
 
-SETTINGS = Settings(
-    preset="quick", baseline="b" * 64, metric="mnist features abcc2d22", data="mnist5k", sampler="dpm++", steps=20,
-    eta=1.0, images=500, seed=0, precision="fp32", batch_size=50, device="cpu", torch="2",
-)  # fmt: skip
+SETTINGS = replace(conftest.SETTINGS, steps=20, eta=1.0)
 ROW = Row(
     "Budget 10x, random 2 (entropy)", SETTINGS, fid=Figure(0.5, 0.1), kid=Figure(-0.1, 0.01),
     inception_score=Figure(9, 0.1), strategy="Budget", setting="10x, random 2", variant="random", draw=2,
