@@ -149,6 +149,9 @@ def test_waterfall():
     ends = [s[:, 0] for bars in axis.containers if hasattr(bars, "lines") for s in bars.lines[2][0].get_segments()]
     assert sorted(map(tuple, ends)) == [pytest.approx((v - 0.01, v + 0.01)) for v in (0.1, 0.2, 0.3)]
     assert frontier.draw_waterfall(rows[1:]) is None
+    smaller = [replace(part(kind, 0.5, "16x"), size_mib=0.5) for kind in ("nearest", "no feedback", None)]
+    panels = frontier.draw_waterfall([*smaller, *(replace(one, size_mib=0.8) for one in rows)]).axes
+    assert [panel.get_title() for panel in panels] == ["10x smaller", "16x smaller"]
 
 
 def test_the_unbiased_difference_is_drawn_where_rows_have_it():

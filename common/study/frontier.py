@@ -71,13 +71,16 @@ def draw_fid_against_size(rows: list[Row]):
 
 def draw_waterfall(rows: list[Row]):
     """The unbiased FID, less FP32's, of each part that `python -m common waterfall` measured: a bar for each part, a
-    panel for each size of file. None where fewer than three parts have one size."""
+    panel for each size of file, the largest first. None where fewer than three parts have one size."""
     sizes: dict[str, dict[str, Figure]] = {}
+    mib: dict[str, float] = {}
     for row in rows:
         if row.strategy == "Budget" and row.format == "entropy" and row.fid_unbiased_difference and row.draw is None:
             kind = _drawn_as(row).removeprefix("Budget, entropy").removeprefix(", ")
-            sizes.setdefault(row.setting.partition(",")[0], {})[kind or "all parts"] = row.fid_unbiased_difference
-    sizes = {size: parts for size, parts in sizes.items() if len(parts) > 2}
+            size = row.setting.partition(",")[0]
+            sizes.setdefault(size, {})[kind or "all parts"] = row.fid_unbiased_difference
+            mib[size] = row.size_mib or 0.0
+    sizes = {size: sizes[size] for size in sorted(sizes, key=mib.get, reverse=True) if len(sizes[size]) > 2}
     if not sizes:
         return None
     names = list(dict.fromkeys(name for parts in sizes.values() for name in parts))[::-1]
