@@ -23,7 +23,7 @@ from common.ddpm.sampling import Sampling
 from common.engines.engine import INTEGER_PRECISIONS, engine_name
 from common.errors import UserError
 from common.formats.diffusers_folder import read_configs
-from common.formats.packed import MIB, Model, load_model, size_mib, tensor_shapes
+from common.formats.packed import MIB, Model, load_model, size_mib, tensor_shapes, weights_of
 from common.metrics.features import INCEPTION_DIMENSIONS, inception_file
 from common.options import DIGITS, LARGEST_SEED
 from common.presets import PRESETS, Preset, TrainingConfig, UNetConfig
@@ -329,9 +329,10 @@ def print_sizes(run: Run) -> None:
     config = run.preset.network
     shapes = tensor_shapes(config)
     names = layer_weights(shapes)
-    parameters = sum(shape.numel() for shape, _ in shapes.values())
     baseline = size_mib(config, {})
-    print(f"{parameters:,} parameters in {len(shapes)} tensors; the strategies choose among {len(names)} weights")
+    print(
+        f"{weights_of(config):,} parameters in {len(shapes)} tensors; the strategies choose among {len(names)} weights"
+    )
     if not run.is_own:
         layers = layers_in_order(names)
         print("layers: " + ", ".join(f"{number} {layer}" for number, layer in enumerate(layers, start=1)))
