@@ -31,6 +31,7 @@ class UNetConfig:
     dropout: float = 0.1  # in the residual blocks, in training
     timesteps: int = 1000
     output_bias: int = 0  # images of which a mixture, by timestep, is added to a quantized network's output
+    output_contrast: bool = False  # beside such images, whether its digits are moved away from their mean
     image_shape: ClassVar[tuple[int, int, int]] = (1, 32, 32)  # (channels, height, width)
 
     def __post_init__(self):
@@ -39,6 +40,8 @@ class UNetConfig:
         _require_integers("groups, heads", (self.groups, self.heads), 1, LARGEST_WIDTH)
         _require_integers("timesteps", (self.timesteps,), 1, LARGEST_TIMESTEPS)
         _require_integers("output_bias", (self.output_bias,), 0, LARGEST_OUTPUT_BIAS)
+        if self.output_contrast is not False and (self.output_contrast is not True or not self.output_bias):
+            raise ValueError(f"output_contrast {self.output_contrast!r:.60}: must be false, or true beside output_bias")
         width = self.channels[0] if self.channels else 0
         if self.channels != tuple(width * factor for factor in CHANNEL_FACTORS):
             raise ValueError(f"channels {self.channels}: must be 1, 2, 4, 8, 8, 6 times the first for skips to join")

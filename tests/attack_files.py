@@ -106,6 +106,7 @@ def hostile_files() -> dict[str, bytes]:
         "dropout": (-1.0, 2.0, float("nan")),
         "attention_layers": ([7], [2, 2], [-1], [[2]]),
         "output_bias": (-1, 1, 65, 10**12, 1.0, True, None, "1"),  # 1: its tensors are not there
+        "output_contrast": (True, 1, None, "1"),  # without an output bias
     }.items():
         for value in values:
             claim(f"{field} {value}", **{field: value})

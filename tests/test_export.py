@@ -39,7 +39,7 @@ def file(tiny_preset, tiny_network, tmp_path, monkeypatch):
 
 
 def with_output_bias(network, maps):
-    biased = UNet(replace(network.config, output_bias=maps)).eval()
+    biased = UNet(replace(network.config, output_bias=maps, output_contrast=True)).eval()
     biased.load_state_dict(network.state_dict(), strict=False)
     for parameter in biased.output_bias.parameters():
         parameter.data.normal_(generator=torch.Generator().manual_seed(0))

@@ -156,7 +156,7 @@ def test_every_convolution_and_linear_layer_runs_in_8_bits_and_nothing_else(netw
 
 
 def test_an_output_bias_is_added_and_takes_no_8_bits(network, model, calibration, kept):
-    biased = UNet(replace(network.config, output_bias=2)).eval()
+    biased = UNet(replace(network.config, output_bias=2, output_contrast=True)).eval()
     generator = torch.Generator().manual_seed(2)
     for parameter in biased.output_bias.parameters():
         parameter.data.normal_(generator=generator)

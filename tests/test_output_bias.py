@@ -9,8 +9,8 @@ import torch
 
 from common.choose import rounding
 from common.choose.feedback import no_feedback
-from common.choose.output_bias import MAPS, MIXTURE, MIXTURE_STEP, STEP, factor
-from common.ddpm.architecture import schedule_of
+from common.choose.output_bias import CONTRAST, MAPS, MIXTURE, MIXTURE_STEP, STEP, factor, lacking_contrast
+from common.ddpm.architecture import described, schedule_of
 from common.ddpm.digits import to_model_range
 from common.ddpm.unet import OutputBias, UNet
 from common.formats import entropy
@@ -72,14 +72,47 @@ def test_the_mixture_is_that_of_the_grid_and_interpolated_between():
         module.maps[0], module.maps[1] = 1.0, 100.0
         module.mixture.copy_(torch.stack([torch.arange(1.0, 21.0), torch.zeros(20)], dim=1))
         module.mixture[-1, 1] = 1.0
-        found = module(torch.tensor([0, 49, 99, 111, 999]))
-    assert found.shape == (5, 1, 32, 32)
+        x, output = torch.randn(5, 1, 32, 32), torch.full((5, 1, 32, 32), 0.5)
+        found = module(x, output, torch.tensor([0, 49, 99, 111, 999]))
     expected = [1.0, 1.0, 2.0, 2 + 12 / 50, 20.0 + 100.0]  # below the grid as at its first timestep
-    assert torch.allclose(found, torch.tensor(expected)[:, None, None, None].expand_as(found))
+    assert torch.allclose(found, output + torch.tensor(expected)[:, None, None, None])
+
+
+def test_contrast_scales_the_digits_that_the_output_implies():
+    module, schedule = OutputBias(replace(TINY, output_bias=1, output_contrast=True)), schedule_of(TINY)
+    schedule.clip = None
+    generator = torch.Generator().manual_seed(0)
+    x, output = torch.randn(2, 4, 1, 32, 32, generator=generator)
+    with torch.no_grad():
+        module.contrast.copy_(torch.arange(1, 21) / 40)  # 1 / 40 more each 50 timesteps
+        for t, contrast in ((0, 1 / 40), (49, 1 / 40), (74, 1.5 / 40), (499, 10 / 40), (999, 20 / 40)):
+            before, after = (schedule.predict_x0(x, of, t) for of in (output, module(x, output, torch.full((4,), t))))
+            assert torch.allclose(after, (1 + contrast) * before, rtol=1e-4, atol=1e-3 * float(before.std())), t
+
+
+def test_lacking_contrast_of_images_that_are_known_to_be_paler():
+    rng = np.random.default_rng(0)
+    wanted = rng.normal(size=(4000, 8))
+    paler = 0.3 + 0.8 * (wanted - wanted.mean(0)) + 0.5 * rng.normal(size=(4000, 8))  # the noise has no part in it
+    assert lacking_contrast(wanted, paler) == pytest.approx(0.25, abs=0.03)
+    assert lacking_contrast(wanted, wanted) == 0 and lacking_contrast(wanted, 1.25 * wanted) == pytest.approx(
+        -0.2, abs=1e-3
+    )
+    assert lacking_contrast(wanted, -wanted) == lacking_contrast(wanted, 0.1 * wanted) == 1.0  # the most
+    assert lacking_contrast(np.ones((3, 8)), rng.normal(size=(3, 8))) == 0
 
 
 def test_a_network_without_it_is_as_before():
     assert UNet(TINY).output_bias is None and not any("output_bias" in name for name in tensor_shapes(TINY))
+    assert not {"output_bias", "output_contrast"} & described(TINY).keys()
+    assert CONTRAST not in tensor_shapes(replace(TINY, output_bias=1))
+    assert "output_contrast" not in described(replace(TINY, output_bias=1))
+
+
+@pytest.mark.parametrize(("maps", "contrast"), [(0, True), (2, 1), (2, None), (2, "yes")])
+def test_contrasts_that_make_no_network(maps, contrast):
+    with pytest.raises(ValueError, match="output_contrast"):
+        replace(TINY, output_bias=maps, output_contrast=contrast)
 
 
 @pytest.mark.parametrize("count", [-1, 65, 1.5, True])
@@ -94,13 +127,33 @@ def test_a_known_shift_is_taken_off(of, baseline, fit):
     off = dict(baseline.state) | {"output_conv.bias": baseline.state["output_conv.bias"] + 0.5}
     model = of(full_precision(TINY, off, baseline.metadata))
     corrected = fit.correct(model, 2)
-    assert corrected.config == replace(TINY, output_bias=2)
+    assert corrected.config == replace(TINY, output_bias=2, output_contrast=True)
+    assert replace(fit, contrast=False).correct(model, 2).config == replace(TINY, output_bias=2)
     for name, weight in model.state.items():
         assert torch.equal(corrected.state[name], weight)
     before = predict(model.network(), fit.inputs, TIMESTEPS, "test") - fit.outputs
     after = predict(corrected.network(), fit.inputs, TIMESTEPS, "test") - fit.outputs
     assert before.mean() == pytest.approx(0.5, abs=0.02)
     assert abs(after.mean()) < 0.02 and after.square().mean() < 0.01 * before.square().mean()
+
+
+@pytest.mark.parametrize("of", [rounded, in_int8])
+def test_paler_digits_get_their_contrast_back(of, baseline):
+    """What the model predicts has 0.8 of the contrast that is wanted, and is too dark by 0.1. At little noise alone,
+    since elsewhere this network's digits are clipped."""
+    model, schedule = of(baseline), schedule_of(TINY)
+    generator = torch.Generator().manual_seed(1)
+    inputs = 0.2 * torch.randn(OutputBias.GRID, 40, 1, 32, 32, generator=generator)
+    outputs = predict(model.network(), inputs, TIMESTEPS, "test").clone()
+    wanted = outputs.clone()
+    for i, t in enumerate(TIMESTEPS.tolist()):
+        x0 = (inputs[i] - schedule.noise_level(t) * outputs[i]) / (1 - schedule.noise_level(t) ** 2) ** 0.5
+        wanted[i] -= (0.25 * (x0 - x0.mean(0)) + 0.1) / schedule.noise_ratio(t)
+    corrected = OutputBiasFit(schedule, inputs, TIMESTEPS, wanted).correct(model, 3)
+    assert corrected.state[CONTRAST][:2].tolist() == pytest.approx([0.25, 0.25], abs=0.02)
+    found = predict(corrected.network(), inputs, TIMESTEPS, "test")
+    before, after = ((of[:2] - wanted[:2]).square().mean() for of in (outputs, found))
+    assert after < 0.1 * before
 
 
 def test_it_is_measured_at_the_timesteps_of_the_mixture_on_training_digits(baseline):
@@ -175,7 +228,8 @@ def test_a_file_has_as_many_maps_as_fit_beside_its_codes(baseline, fit):
 def test_a_model_without_an_error_has_maps_of_zeros(baseline, fit):
     model = rounded(baseline)
     same = replace(fit, outputs=predict(model.network(), fit.inputs, TIMESTEPS, "test"))
-    assert same.correct(model, 1).state["output_bias.maps"].eq(0).all()
+    corrected = same.correct(model, 1)
+    assert corrected.state[MAPS].eq(0).all() and corrected.state[CONTRAST].eq(0).all()
 
 
 def test_small_files_have_none(baseline, fit):

@@ -12,7 +12,7 @@ from common.study.rows import ResultStore
 from common.study.run import preset_checkpoint
 
 PARTS = (
-    ", nearest", ", no feedback", ", by columns", ", no output bias", "",
+    ", nearest", ", no feedback", ", by columns", ", no output bias", ", no contrast", "",
     ", trellis", ", Gauss-Newton", ", unweighted", ", magnitude",
 )  # fmt: skip
 
@@ -46,7 +46,7 @@ def test_each_part_is_a_row_of_the_same_size(call, capfd, monkeypatch):
         assert load_model(row.file).sha256 == row.weights
     assert len({row.weights for row in rows}) == len(PARTS)
     (budget,) = [r for r in call("layer_budget", "--times", 6) if r.label == "Budget 6x (entropy)"]
-    assert budget.weights == rows[4].weights and budget.loss_increase == rows[4].loss_increase
+    assert budget.weights == rows[5].weights and budget.loss_increase == rows[5].loss_increase
 
 
 def test_a_size_that_cannot_be_reached_is_said_before_any_work(call, monkeypatch, tmp_path):
@@ -84,7 +84,7 @@ def test_uniform_models_rounded_with_care(call, rounding, monkeypatch):
     plain = rows["Uniform (INT3)"]
     assert row.rounding == rounding and plain.rounding is None
     of_a_map = 1024 + 4 + 20 * 2  # its codes, its scale and its part of the mixture
-    more = of_a_map if rounding == "feedback" else 0
+    more = of_a_map + 20 * 2 if rounding == "feedback" else 0  # and the contrast
     assert row.size_mib * MIB == pytest.approx(plain.size_mib * MIB + more)
     assert row.weights != plain.weights and load_model(row.file).sha256 == row.weights
     errors = [

@@ -20,7 +20,8 @@ Architecture: TypeAlias = UNetConfig | DiffusersConfig
 def described(config: Architecture) -> dict:
     """What a file says of the network, for JSON; what is off is not said, so that files of before it was there fit."""
     if isinstance(config, UNetConfig):
-        return {key: value for key, value in asdict(config).items() if (key, value) != ("output_bias", 0)}
+        off = ("output_bias", 0), ("output_contrast", False)
+        return {key: value for key, value in asdict(config).items() if (key, value) not in off}
     return {"unet": config.unet, "scheduler": json.loads(config.scheduler_json), "pipeline": config.pipeline}
 
 

@@ -54,6 +54,10 @@ class Schedule:
             x0 = output.clone()
         return x0 if self.clip is None else x0.clamp_(-self.clip, self.clip)
 
+    def noise_level(self, t: int) -> float:
+        """Standard deviation of the noise in x_t."""
+        return float(np.sqrt(1 - self.alphas_cumprod[t]))
+
     def noise_ratio(self, t: int) -> float:
         """Standard deviation of the noise in x_t over the share of x_0: how far an error of the predicted noise moves
         the predicted x_0."""

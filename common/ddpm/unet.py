@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.ddpm.schedule import Schedule
 from common.presets import CHANNEL_FACTORS, UNetConfig
 
 
@@ -89,11 +90,14 @@ def sinusoidal_embedding(timesteps: int, width: int) -> torch.Tensor:
 
 
 class OutputBias(nn.Module):
-    """A mixture of few images, another at each timestep: what a quantized network's output lacks on average.
+    """What a quantized network's output lacks on average: a mixture of few images, another at each timestep. And what
+    the digits lack that follow from it, which lie too near to their mean: contrast c moves each digit x_0 by c x_0, and
+    the mixture moves all of them back by c times the mean.
 
-    forward(t): t (N,) int64 in 0..T-1, returns (N, 1, 32, 32). The mixture is given at `GRID` timesteps, those of a
-    sampler of so many steps; between them it is interpolated, and below the first it stays. Timestep 0 is none of them:
-    the error there is many times as large, and would reach those that samplers meet.
+    forward(x, output, t): both (N, 1, 32, 32), t (N,) int64 in 0..T-1; returns the output as it should be. Mixture and
+    contrast are given at `GRID` timesteps, those of a sampler of so many steps; between them they are interpolated, and
+    below the first they stay. Timestep 0 is none of them: the error there is many times as large, and would reach those
+    that samplers meet.
     """
 
     GRID = 20
@@ -103,13 +107,20 @@ class OutputBias(nn.Module):
         self.per_timestep = self.GRID / config.timesteps
         self.maps = nn.Parameter(torch.zeros(config.output_bias, *config.image_shape))
         self.mixture = nn.Parameter(torch.zeros(self.GRID, config.output_bias))
+        self.contrast = nn.Parameter(torch.zeros(self.GRID)) if config.output_contrast else None
+        inverse = (1 - Schedule(config.timesteps).alphas_cumprod) ** -0.5  # of the noise's standard deviation in x
+        self.register_buffer("inverse_noise", torch.from_numpy(inverse).float(), persistent=False)  # (T,)
 
-    def forward(self, t):
+    def forward(self, x, output, t):
         place = ((t + 1) * self.per_timestep - 1).clamp(min=0)  # (N,)
         below = place.long().clamp(max=self.GRID - 2)
         share = (place - below).unsqueeze(1)
         mixture = torch.lerp(self.mixture[below], self.mixture[below + 1], share)  # (N, maps)
-        return (mixture[:, :, None, None, None] * self.maps).sum(1)  # no product of matrices, which 8 bits would take
+        bias = (mixture[:, :, None, None, None] * self.maps).sum(1)  # no product of matrices, which 8 bits would take
+        if self.contrast is not None:
+            contrast = torch.lerp(self.contrast[below], self.contrast[below + 1], share[:, 0]).view(-1, 1, 1, 1)
+            output = output + contrast * (output - x * self.inverse_noise[t].view(-1, 1, 1, 1).to(x.dtype))
+        return output + bias
 
 
 class UNet(nn.Module):
@@ -137,6 +148,7 @@ class UNet(nn.Module):
 
     def forward(self, x, t):
         embedding = self.embedding[t].to(x.dtype)
+        noised = x
         x = self.shallow_conv(x)
         x, skip1 = self.layer1(x, embedding)
         x, skip2 = self.layer2(x, embedding)
@@ -145,7 +157,7 @@ class UNet(nn.Module):
         x = torch.cat([self.layer5(x, embedding)[0], skip2], dim=1)
         x = torch.cat([self.layer6(x, embedding)[0], skip1], dim=1)
         x = self.output_conv(F.relu(self.late_conv(x)))
-        return x if self.output_bias is None else x + self.output_bias(t)
+        return x if self.output_bias is None else self.output_bias(noised, x, t)
 
 
 _PUBLISHED_PARTS = (

@@ -163,7 +163,8 @@ def _config_of(described: dict) -> Architecture:
     if "unet" in described:
         sealed.require_metadata(described, {"unet": dict, "scheduler": dict, "pipeline": str})
         return DiffusersConfig.of(**described)
-    sealed.require_metadata(described, _ARCHITECTURE | ({"output_bias": int} if "output_bias" in described else {}))
+    optional = {"output_bias": int, "output_contrast": bool}
+    sealed.require_metadata(described, _ARCHITECTURE | {key: of for key, of in optional.items() if key in described})
     return UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in described.items()})
 
 

@@ -55,8 +55,9 @@ def load_checkpoint(run: Run) -> Model:
     if isinstance(model.config, DiffusersConfig):
         raise CheckpointError(f"--checkpoint {run.checkpoint} came from a --model of diffusers; leave --preset out")
     expected = replace(run.preset.network, dropout=model.config.dropout)
-    if not model.is_baseline:  # rounding adds maps
-        expected = replace(expected, output_bias=model.config.output_bias)
+    if not model.is_baseline:  # rounding adds these
+        added = {"output_bias": model.config.output_bias, "output_contrast": model.config.output_contrast}
+        expected = replace(expected, **added)
     if model.config != expected:
         raise CheckpointError(
             f"--checkpoint {run.checkpoint} has another architecture, channels {model.config.channels}, than preset "

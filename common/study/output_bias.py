@@ -1,8 +1,10 @@
-"""Models of rounded weights whose output bias (`common.choose.output_bias`) is measured and taken off.
+"""Models of rounded weights whose output bias and contrast (`common.choose.output_bias`) are measured and put right.
 
 What has to be right on average is the digit that is predicted, after samplers have clipped it to the range of the data.
 Errors of either sign leave the mean of the output as it is, but where the digit is black the clipping drops those that
 would make it blacker: the ground becomes grey. So the bias is measured after the clipping.
+
+The contrast is measured where the bias is already taken off, and the bias then anew.
 """
 
 import math
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common.choose.output_bias import MAPS, MIXTURE, factor
+from common.choose.output_bias import CONTRAST, CONTRAST_STEP, MAPS, factor, lacking_contrast
 from common.ddpm.architecture import schedule_of
 from common.ddpm.digits import to_model_range
 from common.ddpm.noise import NoiseStreams
@@ -27,7 +29,7 @@ from common.study.run import Run
 
 BATCH = 32
 MOST_MAPS = 6
-BYTES_OF_A_MAP = 460  # about, with its part of the mixture
+BYTES_OF_A_MAP = 470  # about, with its part of the mixture and of the contrast
 FINEST = 1e-3  # of a map's steps, as a share of the mean error: finer ones do not pay where all images err alike
 FILE_PER_MAP = 100  # a map may take one byte in so many of the file
 ROUNDS = 10  # of `clipped_bias`; each leaves the share of the images that are clipped at a pixel
@@ -40,30 +42,49 @@ def affordable_maps(limit: int) -> int:
 
 @dataclass(frozen=True)
 class OutputBiasFit:
-    """What the FP32 baseline predicts of inputs (T, N, C, H, W) at timesteps (T,): outputs of the inputs' shape."""
+    """What the FP32 baseline predicts of inputs (T, N, C, H, W) at timesteps (T,): outputs of the inputs' shape.
+    contrast: whether to correct that too."""
 
     schedule: Schedule
     inputs: torch.Tensor
     timesteps: torch.Tensor
     outputs: torch.Tensor
+    contrast: bool = True
 
     def correct(self, model: Model, maps: int, limit: float = math.inf) -> Model:
         """The model with so many maps more, which take off the mean error of its output, or as many as a file of
         `limit` bytes has room for: the model itself where that is none."""
-        mean, noise = self._errors(model)
-        larger = (with_maps(model, mean, noise, count) for count in range(maps, 0, -1))
+        lacks = self._lacks(model)
+        larger = (with_maps(model, lacks, count) for count in range(maps, 0, -1))
         return next((model for model in larger if file_bytes(model) <= limit), model)
 
-    def _errors(self, model: Model) -> tuple[np.ndarray, np.ndarray]:
-        """What the model's output lacks (`clipped_bias`), (T, D) at each timestep and pixel, and the standard error
-        (T,) of its mean in a typical pixel."""
+    @torch.inference_mode()
+    def _lacks(self, model: Model) -> "Lacks":
         outputs = predict(model.network().to(self.inputs.device), self.inputs, self.timesteps, "bias")
-        at_each = zip(self.inputs, self.timesteps.tolist(), self.outputs, outputs, strict=True)
-        mean = torch.stack([clipped_bias(self.schedule, *of).flatten() for of in at_each]).double().cpu()
+        contrast = np.zeros(len(outputs)) if self.contrast else None
+        mean = []
+        for i, (x, t, exact) in enumerate(zip(self.inputs, self.timesteps.tolist(), self.outputs, strict=True)):
+            bias = clipped_bias(self.schedule, x, t, exact, outputs[i])
+            if self.contrast:
+                of_each = (self.schedule.predict_x0(x, of, t) for of in (exact, outputs[i] + bias))
+                contrast[i] = lacking_contrast(*(x0.flatten(1).double().cpu().numpy() for x0 in of_each))
+                outputs[i] += contrast[i] * (outputs[i] - x / self.schedule.noise_level(t))  # as in `OutputBias`
+                bias = clipped_bias(self.schedule, x, t, exact, outputs[i])
+            mean.append(bias.flatten().double().cpu().numpy())
         errors = (self.outputs - outputs).flatten(2).double().cpu()  # (T, N, D)
-        noise = errors.var(1).mean(1).div(errors.shape[1]).sqrt()
-        noise = noise.maximum(FINEST * mean.square().mean(1).sqrt()).clamp(min=1e-12)
-        return mean.numpy(), noise.numpy()
+        noise = errors.var(1).mean(1).div(errors.shape[1]).sqrt().numpy()
+        finest = FINEST * np.sqrt(np.square(mean).mean(1))
+        return Lacks(np.stack(mean), np.maximum(noise, finest).clip(min=1e-12), contrast)
+
+
+@dataclass(frozen=True)
+class Lacks:
+    """What a model's output lacks: `mean` (T, D) at each timestep and pixel (`clipped_bias`), known to within `noise`
+    (T,), the standard error in a typical pixel; and its contrast (T,) (`lacking_contrast`), None: not measured."""
+
+    mean: np.ndarray
+    noise: np.ndarray
+    contrast: np.ndarray | None
 
 
 def clipped_bias(
@@ -79,11 +100,14 @@ def clipped_bias(
     return bias
 
 
-def with_maps(model: Model, mean: np.ndarray, noise: np.ndarray, maps: int) -> Model:
-    """The model with so many maps of an error's `mean` (T, D), known to within `noise` (T,): coded with its weights, or
-    int8 beside fp16 where these have formats of their own."""
-    codes, steps = factor(mean, noise, maps)
-    config = replace(model.config, output_bias=maps)
+def with_maps(model: Model, lacks: Lacks, maps: int) -> Model:
+    """The model with so many maps of what it lacks, and the contrast: coded with its weights, or int8 beside fp16 where
+    these have formats of their own."""
+    codes, steps = factor(lacks.mean, lacks.noise, maps)
+    if lacks.contrast is not None:
+        codes[CONTRAST] = np.rint(lacks.contrast / CONTRAST_STEP).astype(np.int64)
+        steps[CONTRAST] = CONTRAST_STEP
+    config = replace(model.config, output_bias=maps, output_contrast=lacks.contrast is not None)
     shapes = {name: shape for name, (shape, _) in tensor_shapes(config).items()}
     codes = {name: of.reshape(shapes[name]) for name, of in codes.items()}
     if model.is_entropy_coded:
@@ -92,7 +116,7 @@ def with_maps(model: Model, mean: np.ndarray, noise: np.ndarray, maps: int) -> M
         return Model(config, stored, dict.fromkeys(shapes, "entropy"), model.metadata)
     more = {name: torch.from_numpy(of).float() * steps[name] for name, of in codes.items()}
     whole = Model(config, model.stored | more, model.formats | dict.fromkeys(more, "fp32"), model.metadata)
-    return whole.quantize([MAPS], "int8", {}).quantize([MIXTURE], "fp16", {})
+    return whole.quantize([MAPS], "int8", {}).quantize([name for name in more if name != MAPS], "fp16", {})
 
 
 def measure_outputs(run: Run, baseline: Model) -> OutputBiasFit | None:

@@ -4,7 +4,8 @@
 
 At each size, steps follow from Fisher information, and each row adds one part: codes rounded to the nearest
 ("nearest"); codes chosen by error and bits together ("no feedback"); feedback from column to column ("by columns");
-feedback from row to row too ("no output bias"); and the output's bias subtracted, which is all of layer_budget.py.
+feedback from row to row too ("no output bias"); the output's bias subtracted ("no contrast"); and its contrast
+corrected, which is all of layer_budget.py.
 
 Further rows have all parts and a trellis ("trellis"), or all parts with steps by something else: Gauss-Newton values,
 mean squared weights ("magnitude"), or the same value for all tensors ("unweighted"). --finetune N adds a row with codes
@@ -45,6 +46,7 @@ def models(
         "no feedback": (EntropyCoding(baseline, {}), maker.values),
         "by columns": (EntropyCoding(baseline, columns_alone), maker.values),
         "no output bias": (replace(whole, bias=None), maker.values),
+        "no contrast": (replace(whole, bias=maker.bias and replace(maker.bias, contrast=False)), maker.values),
         None: (whole, maker.values),
         "trellis": (replace(whole, trellis=True), maker.values),
     }
