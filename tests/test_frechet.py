@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from pytorch_fid.fid_score import calculate_frechet_distance
 
 from common.ddpm.digits import load_digits
 from common.metrics.estimate import Estimate, pool
 from common.metrics.features import load_features
-from common.metrics.frechet import Reference, fid, fid_unbiased, frechet_distance
+from common.metrics.frechet import Reference, fid, fid_unbiased
 from common.metrics.scores import extract, make_reference
 from common.metrics.spectrum import root_trace
 
@@ -28,7 +29,8 @@ def stretch(deviations, share):
 
 def distance(deviations, mean, matrix):
     reference = reference_of(deviations)
-    return frechet_distance(reference.mean, reference.covariance, mean, matrix @ reference.covariance @ matrix.T)
+    covariance = matrix @ reference.covariance @ matrix.T
+    return calculate_frechet_distance(reference.mean, reference.covariance, mean, covariance)
 
 
 def draws(deviations, images, number, seed):

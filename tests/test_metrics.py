@@ -1,6 +1,7 @@
 """FID, KID, score and PSNR against other libraries and closed forms; their errors against redrawing."""
 
 import errno
+import itertools
 import os
 import struct
 import sys
@@ -19,7 +20,7 @@ from common.errors import UserError, run_main
 from common.metrics import frechet, scores
 from common.metrics.estimate import Estimate
 from common.metrics.features import CLASSIFIER_SHA256, load_features
-from common.metrics.frechet import Reference, fid, frechet_distance, symmetric_root
+from common.metrics.frechet import Reference, fid, symmetric_root
 from common.metrics.scores import (
     inception_score,
     kid,
@@ -48,26 +49,26 @@ def moments(features):
 
 
 @pytest.mark.parametrize("dimensions", [2, 16, 64])
-def test_frechet_distance_equals_pytorch_fid(dimensions):
-    a = moments(correlated(300, dimensions, 1, shift=0.2, scale=1.3))
-    b = moments(correlated(500, dimensions, 2) ** 2)
-    expected = calculate_frechet_distance(*a, *b)
+def test_fid_equals_pytorch_fid(dimensions):
+    a, b = correlated(300, dimensions, 1, shift=0.2, scale=1.3), correlated(500, dimensions, 2) ** 2
+    expected = calculate_frechet_distance(*moments(a), *moments(b))
     assert expected > 0.1
-    assert frechet_distance(*a, *b) == pytest.approx(expected, rel=1e-6)
-    assert frechet_distance(*b, *a) == pytest.approx(expected, rel=1e-6)
+    assert fid(a, make_reference(b)).value == pytest.approx(expected, rel=1e-6)
+    assert fid(b, make_reference(a)).value == pytest.approx(expected, rel=1e-6)
 
 
-def test_frechet_distance_of_diagonal_gaussians():
+def test_fid_of_features_of_known_moments():
     # |m1 - m2|^2 + sum (s1 - s2)^2 = (9 + 16) + (1 + 4 + 0) = 30.
     mean1, mean2 = np.array([3.0, 0.0, 1.0]), np.array([0.0, 4.0, 1.0])
     deviation1, deviation2 = np.array([2.0, 1.0, 5.0]), np.array([1.0, 3.0, 5.0])
-    value = frechet_distance(mean1, np.diag(deviation1**2), mean2, np.diag(deviation2**2))
+    corners = np.array(list(itertools.product((-1.0, 1.0), repeat=3))) * np.sqrt(7 / 8)  # of variance one
+    value = fid(mean1 + deviation1 * corners, make_reference(mean2 + deviation2 * corners)).value
     assert value == pytest.approx(30.0, rel=1e-12)
 
 
-def test_frechet_distance_of_a_gaussian_to_itself_is_zero():
-    mean, covariance = moments(correlated(300, 16, 1))
-    assert abs(frechet_distance(mean, covariance, mean, covariance)) < 1e-10 * np.trace(covariance)
+def test_fid_of_features_to_themselves_is_zero():
+    features = correlated(300, 16, 1)
+    assert abs(fid(features, make_reference(features)).value) < 1e-10 * np.trace(moments(features)[1])
 
 
 def test_symmetric_root():
@@ -76,15 +77,6 @@ def test_symmetric_root():
     np.testing.assert_allclose(root @ root, covariance, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(root, root.T, rtol=1e-10, atol=1e-12)
     assert np.linalg.eigvalsh(root).min() > 0
-
-
-def test_fid_equals_frechet_distance():
-    features, real = correlated(300, 16, 1, shift=0.2, scale=1.3), correlated(500, 16, 2)
-    expected = calculate_frechet_distance(*moments(features), *moments(real))
-    assert fid(features, make_reference(real)).value == pytest.approx(expected, rel=1e-6)
-    assert fid(features, make_reference(real)).value == pytest.approx(
-        frechet_distance(*moments(features), *moments(real)), rel=1e-9
-    )
 
 
 def test_fid_with_features_that_are_constant():
@@ -607,7 +599,7 @@ def test_main_scores_a_folder(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     network = load_features("mnist", torch.device("cpu"))
     a, b = (scores.extract(images, network)[0] for images in (test, real))
-    expected = frechet_distance(*moments(a), *moments(b))
+    expected = calculate_frechet_distance(*moments(a), *moments(b))
     assert f"FID {expected:.3f} ± " in printed and "of 260, which compares with as many only" in printed
     assert f"FID {frechet.fid_unbiased(a, make_reference(b)).value:.4f} ± " in printed
     assert f"260 images against 267 digits of mnist5k; mnist features {CLASSIFIER_SHA256[:8]}" in printed

@@ -28,17 +28,6 @@ class Reference:
     kernel_mean: float  # over the pairs of different digits of `sample`
 
 
-def frechet_distance(mean1, covariance1, mean2, covariance2) -> float:
-    """Squared Frechet distance of two Gaussians (Heusel et al. 2017, eq. 6).
-
-    The trace of (C1 C2)^(1/2) is that of the symmetric (C1^(1/2) C2 C1^(1/2))^(1/2), so eigenvalues do.
-    """
-    root = symmetric_root(covariance1)
-    overlap = np.sqrt(np.linalg.eigvalsh(root @ covariance2 @ root).clip(0)).sum()
-    shift = mean1 - mean2
-    return float(shift @ shift + np.trace(covariance1) + np.trace(covariance2) - 2 * overlap)
-
-
 def symmetric_root(matrix: np.ndarray) -> np.ndarray:
     """The positive semidefinite square root of a symmetric positive semidefinite matrix."""
     values, vectors = np.linalg.eigh(matrix)
@@ -46,7 +35,9 @@ def symmetric_root(matrix: np.ndarray) -> np.ndarray:
 
 
 def fid(features: np.ndarray, reference: Reference) -> Estimate:
-    """Frechet distance of features (N, D) to the reference, covariances with N - 1 as in pytorch-fid.
+    """Squared Frechet distance of features (N, D) to the reference, as of two Gaussians (Heusel et al. 2017, eq. 6),
+    covariances with N - 1 as in pytorch-fid. The trace of (C1 C2)^(1/2) is that of the symmetric
+    (C1^(1/2) C2 C1^(1/2))^(1/2), so eigenvalues do.
 
     Influence of image x: 2 (m - m_r).(x - m) + (x - m)'(1 - G)(x - m), less its mean, where 1 - G is the derivative in
     the covariance C: G = R M^(-1/2) R with R the root of the reference's covariance and M = R C R.
