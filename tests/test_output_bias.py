@@ -85,7 +85,10 @@ def test_contrast_scales_the_digits_that_the_output_implies():
     x, output = torch.randn(2, 4, 1, 32, 32, generator=generator)
     with torch.no_grad():
         module.contrast.copy_(torch.arange(1, 21) / 40)  # 1 / 40 more each 50 timesteps
-        for t, contrast in ((0, 1 / 40), (49, 1 / 40), (74, 1.5 / 40), (499, 10 / 40), (999, 20 / 40)):
+        level = schedule.noise_level
+        between = level(74) * (1 / level(49) + 2 / level(99)) / 2 / 40  # of what is added to the noise
+        below = level(0) / level(49) / 40
+        for t, contrast in ((0, below), (49, 1 / 40), (74, between), (499, 10 / 40), (999, 20 / 40)):
             before, after = (schedule.predict_x0(x, of, t) for of in (output, module(x, output, torch.full((4,), t))))
             assert torch.allclose(after, (1 + contrast) * before, rtol=1e-4, atol=1e-3 * float(before.std())), t
 

@@ -95,9 +95,9 @@ class OutputBias(nn.Module):
     the mixture moves all of them back by c times the mean.
 
     forward(x, output, t): both (N, 1, 32, 32), t (N,) int64 in 0..T-1; returns the output as it should be. Mixture and
-    contrast are given at `GRID` timesteps, those of a sampler of so many steps; between them they are interpolated, and
-    below the first they stay. Timestep 0 is none of them: the error there is many times as large, and would reach those
-    that samplers meet.
+    contrast are given at `GRID` timesteps, those of a sampler of so many steps. What they add to the output is
+    interpolated between these, and stays below the first. Timestep 0 is none of them: the error there is many times as
+    large, and would reach those that samplers meet.
     """
 
     GRID = 20
@@ -108,8 +108,11 @@ class OutputBias(nn.Module):
         self.maps = nn.Parameter(torch.zeros(config.output_bias, *config.image_shape))
         self.mixture = nn.Parameter(torch.zeros(self.GRID, config.output_bias))
         self.contrast = nn.Parameter(torch.zeros(self.GRID)) if config.output_contrast else None
-        inverse = (1 - Schedule(config.timesteps).alphas_cumprod) ** -0.5  # of the noise's standard deviation in x
-        self.register_buffer("inverse_noise", torch.from_numpy(inverse).float(), persistent=False)  # (T,)
+        schedule = Schedule(config.timesteps)
+        levels = torch.from_numpy(1 - schedule.alphas_cumprod).sqrt()  # of the noise: its standard deviation in x
+        given_at = torch.tensor(schedule.spaced_timesteps(self.GRID)[::-1]).clamp(min=0)
+        self.register_buffer("noise_levels", levels.float(), persistent=False)  # (T,)
+        self.register_buffer("per_noise", (1 / levels[given_at]).float(), persistent=False)  # (GRID,)
 
     def forward(self, x, output, t):
         place = ((t + 1) * self.per_timestep - 1).clamp(min=0)  # (N,)
@@ -118,8 +121,9 @@ class OutputBias(nn.Module):
         mixture = torch.lerp(self.mixture[below], self.mixture[below + 1], share)  # (N, maps)
         bias = (mixture[:, :, None, None, None] * self.maps).sum(1)  # no product of matrices, which 8 bits would take
         if self.contrast is not None:
-            contrast = torch.lerp(self.contrast[below], self.contrast[below + 1], share[:, 0]).view(-1, 1, 1, 1)
-            output = output + contrast * (output - x * self.inverse_noise[t].view(-1, 1, 1, 1).to(x.dtype))
+            per_digit = self.contrast * self.per_noise  # what a digit, as large as it is in x, adds to the noise
+            per_digit = torch.lerp(per_digit[below], per_digit[below + 1], share[:, 0]).view(-1, 1, 1, 1)
+            output = output + per_digit * (self.noise_levels[t].view(-1, 1, 1, 1).to(x.dtype) * output - x)
         return output + bias
 
 
