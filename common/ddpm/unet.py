@@ -110,9 +110,13 @@ class OutputBias(nn.Module):
         self.contrast = nn.Parameter(torch.zeros(self.GRID)) if config.output_contrast else None
         schedule = Schedule(config.timesteps)
         levels = torch.from_numpy(1 - schedule.alphas_cumprod).sqrt()  # of the noise: its standard deviation in x
-        given_at = torch.tensor(schedule.spaced_timesteps(self.GRID)[::-1]).clamp(min=0)
         self.register_buffer("noise_levels", levels.float(), persistent=False)  # (T,)
-        self.register_buffer("per_noise", (1 / levels[given_at]).float(), persistent=False)  # (GRID,)
+        self.register_buffer("per_noise", (1 / levels[self.given_at(schedule)]).float(), persistent=False)  # (GRID,)
+
+    @classmethod
+    def given_at(cls, schedule: Schedule) -> torch.Tensor:
+        """The timesteps (GRID,) at which mixture and contrast are given, the least noise first."""
+        return torch.tensor(schedule.spaced_timesteps(cls.GRID)[::-1]).clamp(min=0)
 
     def forward(self, x, output, t):
         place = ((t + 1) * self.per_timestep - 1).clamp(min=0)  # (N,)

@@ -125,7 +125,7 @@ def measure_outputs(run: Run, baseline: Model) -> OutputBiasFit | None:
     if not isinstance(baseline.config, UNetConfig):
         return None
     schedule, digits = schedule_of(baseline.config, run.device), run.load_images("train")
-    timesteps = torch.tensor(schedule.spaced_timesteps(OutputBias.GRID)[::-1], device=run.device).clamp(min=0)
+    timesteps = OutputBias.given_at(schedule).to(run.device)
     seed, count = derive_seed(0, "output bias"), max(2, run.preset.fisher_grid_digits)
     chosen = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))[:count]
     x0 = to_model_range(digits[chosen]).to(run.device)
