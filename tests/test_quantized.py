@@ -82,3 +82,44 @@ def test_the_gradient_of_a_step_is_that_of_the_rounding_errors():
         pass
     expected = (towards * 0.02 * (codes.round() - codes)).sum()
     assert float(start.log_steps["weight"].grad) == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
+
+
+def test_steps_by_rows_are_those_of_the_rows_alone():
+    """A network in two parts, each with one step, has the same rounded weights and gradients."""
+    network = layer()
+    towards = torch.randn(30, 40, generator=torch.Generator().manual_seed(1))
+    fine, coarse = 2**-5.5, 2**-4.25
+    rows = torch.cat([torch.full((10, 1), fine), torch.full((20, 1), coarse)])
+    whole = start_from(network, {"weight": network.weight, "bias": network.bias}, {"weight": rows.numpy(), "bias": 0.1})
+
+    def moved(start, towards):
+        """The rounded weights, and the gradient of the steps, which move by it."""
+        for p in start.parameters().values():
+            p.grad = torch.zeros_like(p)
+        rounded = start.rounded()["weight"]
+        (rounded * towards).sum().backward()
+        with start.steps_alone():
+            start.log_steps["weight"] += 0.1
+        return rounded, start.log_steps["weight"].grad
+
+    rounded, gradient = moved(whole, towards)
+    for of, step in ((slice(0, 10), fine), (slice(10, 30), coarse)):
+        part = nn.Linear(40, 1, bias=False)
+        part.weight.data = network.weight.data[of].clone()
+        start = start_from(part, {"weight": part.weight}, {"weight": step})
+        rounded_part, of_part = moved(start, towards[of])
+        assert torch.allclose(rounded_part, rounded[of])
+        assert float(of_part) == pytest.approx(float(gradient[of].sum()), rel=1e-4)
+        assert torch.allclose(start.latents["weight"], whole.latents["weight"][of], atol=1e-5)
+
+
+def test_steps_by_rows_are_whole_eighths_of_an_octave_and_their_gradient_is_not_lost():
+    network = nn.Linear(2, 2, bias=False)
+    network.weight.data = torch.tensor([[0.32, -0.19], [0.4, 0.1]])
+    start = start_from(network, {"weight": network.weight}, {"weight": torch.tensor([[0.104], [0.26]]).numpy()})
+    steps = [2**-3.25, 2**-2.0]
+    assert start.steps()["weight"].ravel().tolist() == pytest.approx(steps)
+    rounded = [3 * steps[0], -2 * steps[0], 2 * steps[1], 0.0]
+    assert start.rounded()["weight"].ravel().tolist() == pytest.approx(rounded)
+    start.rounded()["weight"].sum().backward()
+    assert start.log_steps["weight"].grad.ravel().tolist() == pytest.approx([(3 - 2) * steps[0], (2 + 0) * steps[1]])

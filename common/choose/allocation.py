@@ -18,6 +18,7 @@ from common.choose.feedback import Feedback
 from common.choose.fixed_rounding import FixedRounding
 from common.errors import UserError
 from common.formats import entropy
+from common.formats.entropy import Step
 from common.formats.numbers import stored_bytes
 
 SAMPLED = 20_000  # of a tensor's weights, for a first guess at its entropy
@@ -241,7 +242,7 @@ def _next_try(tried: list[tuple[float, float]], goal: float, low: float, high: f
 
 def requantize_to_size(
     weights: dict[str, torch.Tensor],
-    steps: dict[str, float],
+    steps: dict[str, Step],
     size: Callable[[dict[str, torch.Tensor]], int],
     budget: int,
 ) -> dict[str, torch.Tensor]:
@@ -264,7 +265,7 @@ def requantize_to_size(
     best = priced(highest)
     if size(best) <= budget:
         return _finest(priced, size, budget, 1e-3, highest, 0.01) or best
-    coarsest = 3 * max(1.0, *(float(w.abs().max()) / steps[name] for name, w in weights.items()))
+    coarsest = 3 * max(1.0, *(float(np.abs(w.numpy() / steps[name]).max()) for name, w in weights.items()))
     best = coarser(coarsest)  # all zero
     if (smallest := size(best)) > budget:
         raise BudgetError(smallest)

@@ -8,7 +8,8 @@ import torch
 
 from common.choose.feedback import Feedback, no_feedback
 from common.formats import entropy
-from common.formats.entropy import LARGEST_CODE
+from common.formats.entropy import LARGEST_CODE, Step
+from common.formats.row_steps import stored_steps
 from common.formats.trellis import NO_TRELLIS, TRELLIS, columns_of
 
 # Steps proportional to 1 / sqrt(F) spend squared error F step^2 / 12 for entropy -log2(step); this is the price of a
@@ -44,20 +45,19 @@ class Rounding:
 
 def encode(
     weights: dict[str, torch.Tensor],
-    steps: dict[str, float],
+    steps: dict[str, Step],
     feedback: dict[str, Feedback] | None = None,
     price: float = PRICE_OF_A_BIT,
     trellis: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """What a file stores of `weights`, as `choose_codes` rounds them."""
+    """What a file stores of `weights`, as `choose_codes` rounds them. Steps by rows are for weights without feedback,
+    which would take the errors of rows for those of one step."""
     rounding = Rounding(feedback or {}, price, trellis)
     axes = {name: rounding.axis(name, weight.shape) for name, weight in weights.items()}
     return entropy.encode(choose_codes(weights, steps, rounding), steps, axes)
 
 
-def choose_codes(
-    weights: dict[str, torch.Tensor], steps: dict[str, float], rounding: Rounding
-) -> dict[str, np.ndarray]:
+def choose_codes(weights: dict[str, torch.Tensor], steps: dict[str, Step], rounding: Rounding) -> dict[str, np.ndarray]:
     """Integers, int64 of the weights' shapes, that stand for multiples of their steps near `weights`.
 
     Where another code is so much shorter that it pays for its error, it is taken. Raises ValueError for a step that is
@@ -65,25 +65,27 @@ def choose_codes(
     """
 
     def choose(name: str) -> np.ndarray:
-        return _choose(weights[name].shape, _scaled(weights[name], np.float32(steps[name])), rounding, name)
+        return _choose(weights[name].shape, _scaled(weights[name], steps[name]), rounding, name)
 
     big = [name for name, weight in weights.items() if weight.dim() > 1]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # compiled loops leave the interpreter to the others
         chosen = dict(zip(big, pool.map(choose, big), strict=True))
     if small := [name for name in weights if name not in chosen]:  # too few entries for statistics of their own
-        scaled = [_scaled(weights[name], np.float32(steps[name])).ravel() for name in small]
+        scaled = [_scaled(weights[name], steps[name]).ravel() for name in small]
         together = _choose(torch.Size([sum(map(len, scaled)), 1]), np.concatenate(scaled)[:, None], rounding)
         parts = np.split(together.ravel(), np.cumsum([len(part) for part in scaled])[:-1])
         chosen |= {name: part.reshape(weights[name].shape) for name, part in zip(small, parts, strict=True)}
     return {name: chosen[name] for name in weights}
 
 
-def _scaled(weight: torch.Tensor, step: np.float32) -> np.ndarray:
-    if not step > 0:
-        raise ValueError(f"a step of {step} is not positive")
-    scaled = weight.detach().cpu().double().numpy() / float(step)
+def _scaled(weight: torch.Tensor, step: Step) -> np.ndarray:
+    """The weight in units of its steps as a file says them."""
+    least = np.min(step)
+    if not least > 0:
+        raise ValueError(f"a step of {least} is not positive")
+    scaled = weight.detach().cpu().double().numpy() / stored_steps(step).astype(np.float64)
     if not abs(scaled).max() <= LARGEST_CODE:
-        raise ValueError(f"a step of {step} is too small for a weight of {weight.abs().max():.3g}")
+        raise ValueError(f"a step of {least} is too small for a weight of {weight.abs().max():.3g}")
     return scaled
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from common.formats import entropy
 from common.formats.numbers import IntegerTensor, bits, quantize_integer, unpack_codes
 from common.formats.packed import Model, tensor_shapes
 
@@ -17,7 +18,7 @@ def stored_integers(model: Model) -> dict[str, IntegerTensor]:
     those of entropy coding that are all within 127 of their steps."""
     shapes = tensor_shapes(model.config)
     if model.is_entropy_coded:
-        steps = dict(zip(shapes, model.stored["entropy:steps"], strict=True))
+        steps = entropy.steps_of(model.stored, {name: shape for name, (shape, _) in shapes.items()})
         found = {name: _multiples(model.state[name], steps[name], axis) for name, (_, axis) in shapes.items()}
         return {name: of for name, of in found.items() if of is not None and of.codes.dim() > 1}
     return {
@@ -31,12 +32,13 @@ def stored_integers(model: Model) -> dict[str, IntegerTensor]:
     }
 
 
-def _multiples(weight: torch.Tensor, step: torch.Tensor, axis: int) -> IntegerTensor | None:
-    """The weight as multiples of one step; None where they reach beyond 8 bits."""
+def _multiples(weight: torch.Tensor, step: np.ndarray, axis: int) -> IntegerTensor | None:
+    """The weight as multiples of its step, or of those of its rows; None where they reach beyond 8 bits."""
+    step = torch.as_tensor(step)
     codes = (weight / step).round()
     if weight.dim() < 2 or codes.abs().max() > LARGEST_CODE:
         return None
-    return IntegerTensor(codes.to(torch.int8), step.repeat(weight.shape[axis]), axis)
+    return IntegerTensor(codes.to(torch.int8), step.flatten().expand(weight.shape[axis]).contiguous(), axis)
 
 
 def decoding_note(model: Model) -> str | None:

@@ -1,12 +1,13 @@
-"""Integers stored at close to their entropy: the codes of weights that are multiples of steps, one for each tensor.
+"""Integers stored at close to their entropy: the codes of weights that are multiples of steps, one for each tensor or
+one for each of its rows (output channels).
 
-Version 2, which is written: docs/file-format.md says it byte by byte. The codes of a weight are those of its
-multiples, or the integers of a trellis that runs down its output channels (`common.formats.trellis`); all go through
-one adaptive coder (`common.formats.coder`). Files of version 1 are read (`common.formats.entropy_tables`).
+docs/file-format.md says it byte by byte: version 3, and version 2 where no tensor has steps by rows. The codes of a
+weight are those of its multiples, or the integers of a trellis that runs down its output channels
+(`common.formats.trellis`); all go through one adaptive coder (`common.formats.coder`). Files of version 1 are read
+(`common.formats.entropy_tables`).
 """
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -14,16 +15,20 @@ import torch
 from common.formats import coder, entropy_tables
 from common.formats.coder import LARGEST_CODE
 from common.formats.entropy_tables import MOST_CODES_PER_BYTE
+from common.formats.row_steps import join, parts, row_axis
 from common.formats.trellis import NO_TRELLIS, TRELLIS, columns_of, multiples, of_columns
 from common.runtime import sealed
 
-_LAYOUTS = {None: 0, 0: 1, 1: 2}  # {the axis of the trellis: what the file says}
+_AXES = (None, 0, 1)  # a layout is the place here of the trellis' axis, and three times that of the steps' rows
+
+Step = float | np.ndarray  # of all of a tensor, or an array of one for each row (`common.formats.row_steps`)
 
 
 def encode(
-    codes: dict[str, np.ndarray], steps: dict[str, float], axes: dict[str, int | None] | None = None
+    codes: dict[str, np.ndarray], steps: dict[str, Step], axes: dict[str, int | None] | None = None
 ) -> dict[str, torch.Tensor]:
     """What a file stores of weights that `codes` {name: integers of the weight's shape} and `steps` {name: step} say.
+    Steps by rows are stored as `row_steps.stored_steps` has them.
 
     axes: {name: the dimension, 0 or 1, down which a trellis runs; None: the weight is codes times step}. Raises
     ValueError for a code beyond LARGEST_CODE.
@@ -34,10 +39,18 @@ def encode(
             raise ValueError(f"a code of {abs(of_tensor).max()} is larger than {LARGEST_CODE}")
     columns = {n: columns_of(np.atleast_1d(c).astype(np.int32), axes.get(n) or 0) for n, c in codes.items()}
     order = _order({name: of_tensor.shape for name, of_tensor in codes.items()})
-    data = coder.write([(columns[name], NO_TRELLIS if axes.get(name) is None else TRELLIS) for name in order])
+    rows = {name: row_axis(steps[name]) for name in codes}
+    bases, exponents = {}, []
+    for name in codes:
+        bases[name], of_rows = parts(steps[name])
+        if rows[name] is not None:
+            exponents.append((of_rows[None].astype(np.int32), NO_TRELLIS))
+    matrices = [(columns[name], NO_TRELLIS if axes.get(name) is None else TRELLIS) for name in order]
+    data = coder.write(exponents + matrices)
+    layouts = [_AXES.index(axes.get(name)) + len(_AXES) * _AXES.index(rows[name]) for name in codes]
     return {
-        "entropy:steps": torch.tensor([steps[name] for name in codes], dtype=torch.float32),
-        "entropy:layout": torch.tensor([_LAYOUTS[axes.get(name)] for name in codes], dtype=torch.uint8),
+        "entropy:steps": torch.tensor([bases[name] for name in codes], dtype=torch.float32),
+        "entropy:layout": torch.tensor(layouts, dtype=torch.uint8),
         "entropy:codes": torch.from_numpy(np.frombuffer(data, np.uint8).copy()),
     }
 
@@ -50,13 +63,20 @@ def decode(stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> di
     """
     if version_of(stored) == 1:
         return entropy_tables.decode(stored, shapes)
-    _require_stored(stored, shapes)
-    steps, weights = dict(zip(shapes, stored["entropy:steps"].cpu().numpy(), strict=True)), {}
-    for name, codes, axis in _read(stored, shapes):
+    reader, weights = _Reader(stored, shapes), {}
+    for name in _order(shapes):
         with np.errstate(over="ignore"):  # infinity says so itself
-            values = multiples(codes, NO_TRELLIS if axis is None else TRELLIS).astype(np.float32) * steps[name]
-        weights[name] = torch.from_numpy(of_columns(values, tuple(shapes[name]) or (1,), axis or 0))
-    return {name: weights[name].reshape(shape) for name, shape in shapes.items()}
+            values = multiples(*reader.codes(name)).astype(np.float32)
+            weights[name] = torch.from_numpy(np.asarray(reader.in_shape(name, values) * reader.steps[name]))
+    reader.finish()
+    return {name: weights[name] for name in shapes}
+
+
+def steps_of(stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> dict[str, np.ndarray]:
+    """{name: step}, float32, () or by rows as `encode` takes them: what codes are multiples of. Raises as `decode`."""
+    if version_of(stored) == 1:
+        return dict(zip(shapes, stored["entropy:steps"].numpy(), strict=True))
+    return _Reader(stored, shapes).steps
 
 
 def extend(
@@ -67,33 +87,52 @@ def extend(
 ) -> dict[str, torch.Tensor]:
     """What a file stores of the weights, of `shapes`, that `stored` holds, and of further ones, as `encode` takes them,
     which come last. Raises ValueError for what version 1 stores."""
-    if version_of(stored) != 2:
+    if version_of(stored) == 1:
         raise ValueError("files of version 1 are not extended")
-    integers, axes = dict.fromkeys(shapes), dict.fromkeys(codes)  # in the order of `shapes`, not of the stream
-    former = dict(zip(shapes, stored["entropy:steps"].tolist(), strict=True))
-    for name, columns, axis in _read(stored, shapes):
-        integers[name] = of_columns(columns, tuple(shapes[name]) or (1,), axis or 0).reshape(shapes[name])
-        axes[name] = axis
-    return encode(integers | codes, former | steps, axes)
+    reader = _Reader(stored, shapes)
+    read = {name: reader.in_shape(name, reader.codes(name)[0]) for name in _order(shapes)}
+    own = {name: read[name] for name in shapes}  # in the order of `shapes`, not of the stream
+    return encode(own | codes, reader.steps | steps, reader.axes | dict.fromkeys(codes))
 
 
-def _read(
-    stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]
-) -> Iterator[tuple[str, np.ndarray, int | None]]:
-    """Of each tensor, in the order of the stream: name, integers as a matrix of columns, and axis of its trellis."""
-    layouts = dict(zip(shapes, stored["entropy:layout"].tolist(), strict=True))
-    reader = coder.Reader(stored["entropy:codes"].cpu().numpy())
-    for name in _order(shapes):
-        shape, axis = tuple(shapes[name]) or (1,), max(0, layouts[name] - 1)
-        matrix = (math.prod(shape) // shape[axis], shape[axis])
-        codes = reader.matrix(matrix, TRELLIS if layouts[name] else NO_TRELLIS)
-        yield name, codes, axis if layouts[name] else None
-    reader.finish()
+class _Reader:
+    """Reads what `encode` stored: steps {name: float32, () or by rows} and axes {name: of its trellis} at once, codes
+    tensor by tensor in the order of the stream. Raises ValueError where `stored` does not fit `shapes` or itself."""
+
+    def __init__(self, stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]):
+        _require_stored(stored, shapes)
+        self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        layouts = dict(zip(shapes, stored["entropy:layout"].tolist(), strict=True))
+        self.axes = {name: _AXES[layout % len(_AXES)] for name, layout in layouts.items()}
+        self._coder = coder.Reader(stored["entropy:codes"].cpu().numpy())
+        self.steps = dict(zip(shapes, stored["entropy:steps"].cpu().numpy(), strict=True))
+        for name, layout in layouts.items():
+            if (axis := _AXES[layout // len(_AXES)]) is not None:
+                exponents = self._coder.matrix((1, shapes[name][axis]), NO_TRELLIS)[0]
+                self.steps[name] = join(name, self.steps[name], exponents, axis, len(shapes[name]))
+
+    def codes(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The tensor's integers, a matrix of columns, and the table of its trellis."""
+        shape, axis = self._shapes[name] or (1,), self.axes[name] or 0
+        table = NO_TRELLIS if self.axes[name] is None else TRELLIS
+        return self._coder.matrix((math.prod(shape) // shape[axis], shape[axis]), table), table
+
+    def in_shape(self, name: str, columns: np.ndarray) -> np.ndarray:
+        """The tensor that these are the columns of."""
+        shape = self._shapes[name]
+        return of_columns(columns, shape or (1,), self.axes[name] or 0).reshape(shape)
+
+    def finish(self) -> None:
+        """Raises ValueError where there is more to read."""
+        self._coder.finish()
 
 
 def version_of(stored: dict[str, torch.Tensor]) -> int:
-    """Of the format: 1 has tables."""
-    return 1 if "entropy:tables" in stored else 2
+    """Of the format: 1 has tables, 3 steps by rows."""
+    if "entropy:tables" in stored:
+        return 1
+    layouts = stored.get("entropy:layout", torch.empty(0))
+    return 3 if (layouts >= len(_AXES)).any() else 2
 
 
 def _order(shapes: dict[str, tuple[int, ...]]) -> list[str]:
@@ -116,7 +155,7 @@ def _require_stored(stored: dict[str, torch.Tensor], shapes: dict[str, torch.Siz
     if not ((steps > 0) & steps.isfinite()).all():
         raise ValueError("entropy:steps are not all positive numbers")
     for layout, (name, shape) in zip(layouts, shapes.items(), strict=True):
-        if layout not in _LAYOUTS.values() or (layout and len(shape) < 2):
+        if layout >= len(_AXES) ** 2 or (layout and len(shape) < 2):
             raise ValueError(
                 f"entropy:layout of {name} is {layout}, which is none of a tensor of {len(shape)} dimensions"
             )

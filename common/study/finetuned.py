@@ -4,13 +4,15 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from common.choose import allocation, rounding
 from common.ddpm.architecture import schedule_of
 from common.errors import UserError
-from common.formats.packed import Model, file_bytes, load_model, save_model
+from common.formats.entropy import Step
+from common.formats.packed import Model, file_bytes, load_model, save_model, tensor_shapes
 from common.runtime import distributed
 from common.runtime.files import remove
 from common.study.codings import coded_model
@@ -21,8 +23,8 @@ from common.training.finetune_inputs import BATCH, STATES, joined, noised_digits
 
 
 def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: int, updates: int) -> Model:
-    """A model of at most `limit` bytes whose codes and steps were trained to predict what the baseline does. They begin
-    as those of `model`. Raises BudgetError.
+    """A model of at most `limit` bytes whose codes, and steps of output channels, were trained to predict what the
+    baseline does. They begin as those of `model`. Raises BudgetError.
 
     The result is kept, and found by the same command again; the state of the training, ten times as large, goes.
     """
@@ -48,7 +50,8 @@ def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: in
             noised_digits(network, digits, schedule, BATCH - STATES, **of_all),
             sampled_states(network, schedule, digits.shape[1:], STATES, **of_all),
         )
-        weights, steps = finetune(network, model.state, steps, draw, size, limit, updates, precision, state_path)
+        start = model.state, by_rows(model, steps)
+        weights, steps = finetune(network, *start, draw, size, limit, updates, precision, state_path)
         stored = distributed.on_first(lambda: allocation.requantize_to_size(weights, steps, stored_bytes, limit))
         kept = coded_model(baseline, stored, metadata)
         if distributed.rank() == 0:
@@ -56,6 +59,15 @@ def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: in
     if distributed.rank() == 0:
         remove(state_path)
     return kept
+
+
+def by_rows(model: Model, steps: dict[str, float]) -> dict[str, Step]:
+    """The same steps, of each output channel its own where a tensor has two dimensions or more."""
+    shapes = {name: of for name, of in tensor_shapes(model.config).items() if len(of[0]) > 1}
+    return steps | {
+        name: np.full([length if i == axis else 1 for i, length in enumerate(shape)], steps[name], np.float32)
+        for name, (shape, axis) in shapes.items()
+    }
 
 
 def _kept_result(path: Path, metadata: dict) -> Model | None:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.func import functional_call
 from tqdm import tqdm
 
+from common.formats.entropy import Step
 from common.formats.packed import MIB
 from common.runtime import distributed
 from common.runtime.device import autocast
@@ -27,7 +28,7 @@ from common.training.loop import SAVE_SECONDS
 from common.training.price import SizeControl
 from common.training.quantized import Quantized, start_from
 
-METHOD_VERSION = 4  # grows whenever `finetune`, or what draws its inputs, comes to give other weights
+METHOD_VERSION = 5  # grows whenever `finetune`, or what draws its inputs, comes to give other weights
 RATE, STEP_RATE = 0.004, 0.0005  # of Adam: of latent weights, in steps; of the logarithms of steps
 WARMUP = 0.05  # of the updates: Adam's first ones are all of full length
 RECOUNT = 10  # of REFRESH, from one file that is made to the next ..
@@ -53,17 +54,17 @@ def state_key(network: str, weights: str, steps: dict[str, float], data: str, se
 def finetune(
     network: nn.Module,
     weights: dict[str, torch.Tensor],
-    steps: dict[str, float],
+    steps: dict[str, Step],
     draw: Draw,
-    size: Callable[[dict[str, torch.Tensor], dict[str, float]], int],
+    size: Callable[[dict[str, torch.Tensor], dict[str, Step]], int],
     limit: int,
     updates: int,
     precision: str,
     state_path: Path,
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Weights and steps, {name: tensor} and {name: step}, by which `network` predicts what it does with its own, and
-    whose codes take a file of about `limit` bytes. They start from `weights` and `steps`; the weights are not rounded,
-    and what is no parameter of the network stays as it is.
+) -> tuple[dict[str, torch.Tensor], dict[str, Step]]:
+    """Weights and steps, {name: tensor} and {name: step, or steps by rows}, by which `network` predicts what it does
+    with its own, and whose codes take a file of about `limit` bytes. They start from `weights` and `steps`; the weights
+    are not rounded, and what is no parameter of the network stays as it is.
 
     draw(i): inputs of update i, their timesteps and the network's own outputs; the same in all processes, which share
     them. size(weights, steps): bytes of the file of the weights rounded to these steps. precision: "fp32" or "bf16", of
@@ -74,7 +75,7 @@ def finetune(
     name is said in one line, and finetuning begins anew.
     """
 
-    def all_of(trained: Quantized) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    def all_of(trained: Quantized) -> tuple[dict[str, torch.Tensor], dict[str, Step]]:
         """With what is no parameter of the network, in the order of `weights`."""
         return weights | trained.unrounded(), steps | trained.steps()
 

@@ -1,21 +1,26 @@
 """Weights that are rounded to multiples of learned steps, with the gradients of weights that are not.
 
-The rounding is taken for the identity in the backward pass (straight-through estimator, Bengio et al. 2013); the
-logarithm of each tensor's step is learned beside the weights (the step of LSQ, Esser et al. 2020).
+Rounding is taken for the identity in the backward pass (straight-through estimator, Bengio et al. 2013); the
+logarithms of steps, one for each tensor or one for each of its rows, are learned beside the weights (the step of LSQ,
+Esser et al. 2020).
 """
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from common.formats.entropy import Step
+
+EIGHTH = math.log(2) / 8  # of an octave
 INSIDE = 0.45  # of a step: how far from its code a latent weight starts at most; at half a step lies the next code
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """latents {name: weight in steps}, log_steps {name: logarithm of the step, ()}."""
+    """latents {name: weight in steps}, log_steps {name: logarithm of the step, (), or by rows and as broad as that}."""
 
     latents: dict[str, nn.Parameter]
     log_steps: dict[str, nn.Parameter]
@@ -30,11 +35,11 @@ class Quantized:
 
     def rounded(self) -> dict[str, torch.Tensor]:
         """The weights that the network gets."""
-        return {n: (u + (u.round() - u).detach()) * self.log_steps[n].exp() for n, u in self.latents.items()}
+        return {n: (u + (u.round() - u).detach()) * self._step(n) for n, u in self.latents.items()}
 
     def unrounded(self) -> dict[str, torch.Tensor]:
         """The latent weights, not in steps."""
-        return {n: (u.detach() * self.log_steps[n].detach().exp()).cpu() for n, u in self.latents.items()}
+        return {n: (u.detach() * self._step(n).detach()).cpu() for n, u in self.latents.items()}
 
     @contextmanager
     def steps_alone(self):
@@ -45,23 +50,32 @@ class Quantized:
         """
         with torch.no_grad():
             for name, u in self.latents.items():
-                self.log_steps[name].grad.sub_((u * u.grad).sum())
+                self.log_steps[name].grad.sub_((u * u.grad).sum_to_size(self.log_steps[name].shape))
             before = {name: log_step.clone() for name, log_step in self.log_steps.items()}
             yield
             for name, u in self.latents.items():
                 u.mul_((before[name] - self.log_steps[name]).exp())
 
-    def steps(self) -> dict[str, float]:
-        return {name: float(log_step.detach().exp()) for name, log_step in self.log_steps.items()}
+    def steps(self) -> dict[str, Step]:
+        steps = {name: self._step(name).detach().cpu() for name in self.log_steps}
+        return {name: step.numpy() if step.dim() else float(step) for name, step in steps.items()}
+
+    def _step(self, name: str) -> torch.Tensor:
+        """What codes are multiples of: steps by rows in whole eighths of an octave, as a file says them."""
+        log_step = self.log_steps[name]
+        if not log_step.dim():
+            return log_step.exp()
+        rounded = (log_step / EIGHTH).round() * EIGHTH
+        return (log_step + (rounded - log_step).detach()).exp()
 
 
-def start_from(network: nn.Module, weights: dict[str, torch.Tensor], steps: dict[str, float]) -> Quantized:
+def start_from(network: nn.Module, weights: dict[str, torch.Tensor], steps: dict[str, Step]) -> Quantized:
     """Latent weights in the cells of the codes of `weights`, on the side of the network's own: so few cross at a time,
     where from the centres those with like gradients all would at once."""
     device = next(network.parameters()).device
     quantized = Quantized({}, {})
     for name, own in network.named_parameters():
-        step = torch.tensor(steps[name], dtype=torch.float32, device=device)
+        step = torch.as_tensor(steps[name], dtype=torch.float32, device=device)
         codes = (weights[name].to(device) / step).round()
         quantized.latents[name] = nn.Parameter((own.detach() / step).clamp(codes - INSIDE, codes + INSIDE))
         quantized.log_steps[name] = nn.Parameter(step.log())
