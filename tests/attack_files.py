@@ -37,7 +37,7 @@ BIAS = "layer2.block1.conv1.bias"
 
 
 def models() -> dict[str, Model]:
-    """One tiny model in fp16, one in int4, one that is entropy coded with trellises, and one of version 1."""
+    """One tiny model in fp16, one in int4, and entropy-coded ones: with trellises, with steps by rows, of version 1."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         state = UNet(CONFIG).state_dict()
@@ -46,10 +46,13 @@ def models() -> dict[str, Model]:
     baseline = full_precision(CONFIG, state, metadata)
     names = layer_weights(state)
     coded = rounding.encode(state, dict.fromkeys(state, 0.05), trellis=True)
+    rows = {name: np.exp2(np.arange(len(w)) % 5 / 8).reshape(-1, *[1] * (w.dim() - 1)) for name, w in state.items()}
+    by_rows = rounding.encode(state, {name: 0.05 * of if of.ndim > 1 else 0.05 for name, of in rows.items()})
     return {
         "fp16": baseline.quantize(names, "fp16", {"label": "Uniform (FP16)"}),
         "int4": baseline.quantize(names, "int4", {"label": "Uniform (INT4)"}),
         "entropy 2": Model(CONFIG, coded, dict.fromkeys(state, "entropy"), metadata),
+        "entropy 3": Model(CONFIG, by_rows, dict.fromkeys(state, "entropy"), metadata),
         "entropy": load_model(Path(__file__).parent / "data/entropy-version-1.safetensors"),
     }
 
@@ -167,26 +170,36 @@ def hostile_files() -> dict[str, bytes]:
     store("no remainders", "entropy", remainders=lambda remainders: remainders[:0])
     store("remainders too many", "entropy", remainders=lambda remainders: torch.cat([remainders, remainders + 1]))
     store("remainders of another type", "entropy", remainders=lambda remainders: remainders.float())
-    for version, other in (("entropy", "entropy 2"), ("entropy 2", "entropy"), ("entropy 2", "entropy 3")):
+    for version, other in (
+        ("entropy", "entropy 2"),
+        ("entropy 2", "entropy"),
+        ("entropy 2", "entropy 3"),
+        ("entropy 3", "entropy 2"),
+    ):
         add(f"called {other}", version, lambda tensors, metadata, other=other: metadata.update(formats=other))
-    store("one step too few", "entropy 2", steps=lambda steps: steps[1:])
-    store("steps of another type", "entropy 2", steps=lambda steps: steps.double())
-    for step in (0.0, -1.0, float("nan"), float("inf"), 1e38):
-        store(f"a step {step}", "entropy 2", steps=lambda steps, step=step: torch.full_like(steps, step))
-    store("one layout too few", "entropy 2", layout=lambda layout: layout[1:])
-    store("layouts of another type", "entropy 2", layout=lambda layout: layout.long())
-    for number in (1, 2, 3, 255):
-        store(f"all layouts {number}", "entropy 2", layout=lambda layout, n=number: torch.full_like(layout, n))
-    store("no trellis", "entropy 2", layout=torch.zeros_like)
-    store("no codes", "entropy 2", codes=lambda codes: codes[:0])
-    store("codes cut short", "entropy 2", codes=lambda codes: codes[:-1])
-    store("codes begin later", "entropy 2", codes=lambda codes: codes[1:])
-    store("codes too many", "entropy 2", codes=lambda codes: torch.cat([codes, torch.zeros(1).byte()]))
-    store("codes of zeros", "entropy 2", codes=torch.zeros_like)
-    store("codes of ones", "entropy 2", codes=lambda codes: torch.full_like(codes, 255))
-    store("codes of another type", "entropy 2", codes=lambda codes: codes.short())
-    add("codes missing", "entropy 2", lambda tensors, metadata: tensors.pop("entropy:codes"))
-    add("tables beside codes", "entropy 2", put("entropy:tables", torch.ones(3).byte()))
+    for version in ("entropy 2", "entropy 3"):
+        store("one step too few", version, steps=lambda steps: steps[1:])
+        store("steps of another type", version, steps=lambda steps: steps.double())
+        for step in (0.0, -1.0, float("nan"), float("inf"), 1e38):
+            store(f"a step {step}", version, steps=lambda steps, step=step: torch.full_like(steps, step))
+        store("one layout too few", version, layout=lambda layout: layout[1:])
+        for dtype in (torch.int64, torch.complex64):
+            store(f"layouts of type {dtype}", version, layout=lambda layout, dtype=dtype: layout.to(dtype))
+        for number in (1, 2, 3, 6, 8, 9, 255):
+            store(f"all layouts {number}", version, layout=lambda layout, n=number: torch.full_like(layout, n))
+        store("layouts of zeros", version, layout=torch.zeros_like)
+        store("no codes", version, codes=lambda codes: codes[:0])
+        store("codes cut short", version, codes=lambda codes: codes[:-1])
+        store("codes begin later", version, codes=lambda codes: codes[1:])
+        store("codes too many", version, codes=lambda codes: torch.cat([codes, torch.zeros(1).byte()]))
+        store("codes of zeros", version, codes=torch.zeros_like)
+        store("codes of ones", version, codes=lambda codes: torch.full_like(codes, 255))
+        store("codes of another type", version, codes=lambda codes: codes.short())
+        add("codes missing", version, lambda tensors, metadata: tensors.pop("entropy:codes"))
+        add("layouts missing", version, lambda tensors, metadata: tensors.pop("entropy:layout"))
+        add("tables beside codes", version, put("entropy:tables", torch.ones(3).byte()))
+    store("steps by rows of the other dimension", "entropy 3", layout=lambda layout: layout + 3 * (layout >= 3))
+    store("steps by rows of one tensor less", "entropy 3", layout=lambda layout: layout * (layout.cumsum(0) > 3))
     add("symbols missing", "entropy", lambda tensors, metadata: tensors.pop("entropy:symbols"))
     return files
 

@@ -30,8 +30,10 @@ from common.errors import UserError
 from common.formats import entropy
 from common.formats.numbers import bits, channel_axes, unpack_codes
 from common.formats.packed import full_precision
+from common.formats.row_steps import stored_steps
 from common.runtime import sealed
 from common.study.codings import coded_model
+from common.study.finetuned import by_rows as by_rows_of
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
@@ -122,11 +124,15 @@ def test_codes_are_those_of_the_packed_model(network, model, calibration, kept, 
     assert ("int4" in (decoding_note(packed) or "")) == (fmt == "int4")
 
 
-def test_entropy_codes_that_fit_are_kept_as_they_are(network, model):
-    weights = layer_weights(model.state)
-    codes = {name: (w / 0.01).round().numpy().astype(np.int64) for name, w in model.state.items()}
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_entropy_codes_that_fit_are_kept_as_they_are(network, model, by_rows):
+    weights, steps = layer_weights(model.state), dict.fromkeys(model.state, 0.01)
+    if by_rows:
+        for name, of in by_rows_of(model, steps).items():
+            steps[name] = stored_steps(of * np.exp2(np.arange(np.size(of)).reshape(np.shape(of)) % 5 / 8))
+    codes = {name: (w.numpy() / steps[name]).round().astype(np.int64) for name, w in model.state.items()}
     codes[weights[1]].flat[0] = 128  # one beyond 8 bits
-    coded = coded_model(model, entropy.encode(codes, dict.fromkeys(codes, 0.01)), {"label": "Budget"})
+    coded = coded_model(model, entropy.encode(codes, steps), {"label": "Budget"})
     found = stored_integers(coded)
     assert "entropy-coded" in decoding_note(coded)
     for name, weight in coded.state.items():

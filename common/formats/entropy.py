@@ -131,8 +131,9 @@ def version_of(stored: dict[str, torch.Tensor]) -> int:
     """Of the format: 1 has tables, 3 steps by rows."""
     if "entropy:tables" in stored:
         return 1
-    layouts = stored.get("entropy:layout", torch.empty(0))
-    return 3 if (layouts >= len(_AXES)).any() else 2
+    layouts = stored.get("entropy:layout")
+    by_rows = layouts is not None and layouts.dtype == torch.uint8 and bool((layouts >= len(_AXES)).any())
+    return 3 if by_rows else 2
 
 
 def _order(shapes: dict[str, tuple[int, ...]]) -> list[str]:
