@@ -113,10 +113,10 @@ def test_steps_by_rows_are_those_of_the_rows_alone():
         assert torch.allclose(start.latents["weight"], whole.latents["weight"][of], atol=1e-5)
 
 
-def test_steps_by_rows_are_whole_eighths_of_an_octave_and_their_gradient_is_not_lost():
+def test_steps_by_rows_are_whole_parts_of_an_octave_and_their_gradient_is_not_lost():
     network = nn.Linear(2, 2, bias=False)
     network.weight.data = torch.tensor([[0.32, -0.19], [0.4, 0.1]])
-    start = start_from(network, {"weight": network.weight}, {"weight": torch.tensor([[0.104], [0.26]]).numpy()})
+    start = start_from(network, {"weight": network.weight}, {"weight": torch.tensor([[0.104], [0.251]]).numpy()})
     steps = [2**-3.25, 2**-2.0]
     assert start.steps()["weight"].ravel().tolist() == pytest.approx(steps)
     rounded = [3 * steps[0], -2 * steps[0], 2 * steps[1], 0.0]

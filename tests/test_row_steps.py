@@ -29,17 +29,17 @@ def shapes_of(tensors):
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def test_steps_in_eighths_of_octaves_are_told_exactly():
-    steps = steps_of([0.3, 0.3 * 2 ** (1 / 8), 0.6, 0.3 / 2 ** (5 / 8), 1.2])
+def test_steps_in_parts_of_octaves_are_told_exactly():
+    steps = steps_of([0.3, 0.3 * 2 ** (1 / 32), 0.6, 0.3 / 2 ** (5 / 8), 1.2])
     own, exponents = parts(steps)
-    assert own == np.float32(0.3 * 2 ** (1 / 8)) and exponents.tolist() == [-1, 0, 7, -6, 15]
+    assert own == np.float32(0.3 * 2 ** (1 / 32)) and exponents.tolist() == [-1, 0, 31, -21, 63]
     assert stored_steps(steps) == pytest.approx(steps, rel=1e-6)
 
 
 def test_others_become_the_nearest_and_these_are_told_exactly():
     steps = random_steps()["conv"]
     stored = stored_steps(steps)
-    assert abs(np.log2(stored / steps)).max() <= 1 / 16 + 1e-6
+    assert abs(np.log2(stored / steps)).max() <= 1 / 64 + 1e-6
     assert np.array_equal(stored_steps(stored), stored)
     assert np.sort(steps.ravel())[3] in stored  # the median, of which the others are multiples
 
@@ -110,7 +110,7 @@ def test_rounding_to_a_size_keeps_the_steps_by_rows():
     assert np.allclose(found / found[0], steps / steps[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("exponents, message", [([LARGEST_EXPONENT + 1, 0], "exponent of 129"), ([128, 0], "positive")])
+@pytest.mark.parametrize("exponents, message", [([LARGEST_EXPONENT + 1, 0], "exponent of 513"), ([512, 0], "positive")])
 def test_steps_that_cannot_be_are_refused(exponents, message):
     with pytest.raises(ValueError, match=message):
         join("w", np.float32(1e38), np.array(exponents), 0, 2)

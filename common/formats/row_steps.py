@@ -1,4 +1,4 @@
-"""Steps by rows: a tensor's own step times a power of two for each row (output channel), in eighths of an octave.
+"""Steps by rows: a tensor's own step times a power of two for each row (output channel), in 32nds of an octave.
 
 An array of them has the dimensions of its weight, all of length 1 but that of the rows, so that it can be multiplied
 with the weight's codes.
@@ -6,8 +6,9 @@ with the weight's codes.
 
 import numpy as np
 
-LARGEST_EXPONENT = 128  # in eighths of an octave: 16 octaves up or down
-_FRACTIONS = np.exp2(np.arange(8) / 8).astype(np.float32)
+PARTS = 32  # of an octave, which exponents count; with 8, steps up to 4% off raised the error of a 20x file by half
+LARGEST_EXPONENT = 16 * PARTS  # up or down
+_FRACTIONS = np.exp2(np.arange(PARTS) / PARTS).astype(np.float32)
 
 
 def row_axis(step: float | np.ndarray) -> int | None:
@@ -18,10 +19,10 @@ def row_axis(step: float | np.ndarray) -> int | None:
 
 def parts(step: float | np.ndarray) -> tuple[float, np.ndarray]:
     """The step that is the tensor's own, that of the (lower) median row, and the exponents (R,), int64, by which those
-    of the rows are nearest to 2^(exponent / 8) times that; of a step for all, itself and zeros."""
+    of the rows are nearest to 2^(exponent / PARTS) times that; of a step for all, itself and zeros."""
     steps = np.asarray(step, np.float32).ravel()
     own = np.sort(steps)[(len(steps) - 1) // 2]
-    exponents = np.rint(8 * np.log2(steps.astype(np.float64) / float(own)))
+    exponents = np.rint(PARTS * np.log2(steps.astype(np.float64) / float(own)))
     return float(own), exponents.clip(-LARGEST_EXPONENT, LARGEST_EXPONENT).astype(np.int64)
 
 
@@ -30,7 +31,7 @@ def join(name: str, own: np.float32, exponents: np.ndarray, axis: int, dimension
     if (largest := abs(exponents).max()) > LARGEST_EXPONENT:
         raise ValueError(f"{name} has an exponent of {largest}, which is more than {LARGEST_EXPONENT}")
     with np.errstate(over="ignore", under="ignore"):
-        steps = np.ldexp(np.float32(own) * _FRACTIONS[exponents % 8], exponents // 8)
+        steps = np.ldexp(np.float32(own) * _FRACTIONS[exponents % PARTS], exponents // PARTS)
     if not (np.isfinite(steps) & (steps > 0)).all():
         raise ValueError(f"the steps of {name} are not all positive numbers")
     return steps.reshape([-1 if i == axis else 1 for i in range(dimensions)])

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from common.formats.entropy import Step
+from common.formats.row_steps import PARTS
 
-EIGHTH = math.log(2) / 8  # of an octave
+PART = math.log(2) / PARTS  # of an octave, in steps by rows
 INSIDE = 0.45  # of a step: how far from its code a latent weight starts at most; at half a step lies the next code
 
 
@@ -61,11 +62,11 @@ class Quantized:
         return {name: step.numpy() if step.dim() else float(step) for name, step in steps.items()}
 
     def _step(self, name: str) -> torch.Tensor:
-        """What codes are multiples of: steps by rows in whole eighths of an octave, as a file says them."""
+        """What codes are multiples of: steps by rows in whole parts of an octave, as a file says them."""
         log_step = self.log_steps[name]
         if not log_step.dim():
             return log_step.exp()
-        rounded = (log_step / EIGHTH).round() * EIGHTH
+        rounded = (log_step / PART).round() * PART
         return (log_step + (rounded - log_step).detach()).exp()
 
 
