@@ -156,7 +156,7 @@ def test_the_key_differs_with_all_that_the_result_depends_on(monkeypatch):
         "precision": "bf16", "updates": 11, "limit": 1001, "device": "a GPU",
     }  # fmt: skip
     keys = [finetuning.state_key(**settings), *(finetuning.state_key(**settings | {k: v}) for k, v in others.items())]
-    constants = [(finetuning, name) for name in ("METHOD_VERSION", "RATE", "STEP_RATE", "WARMUP")]
+    constants = [(finetuning, name) for name in ("METHOD_VERSION", "RATE", "STEP_RATE", "WARMUP", "PARTS")]
     constants += [(finetuning, name) for name in ("REFRESH", "RECOUNT", "RECOUNT_WEIGHTS", "SPARE")]
     constants += [(finetune_inputs, name) for name in ("BATCH", "STATES", "SAMPLER", "STEPS", "IMAGES")]
     constants += [

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from common.training.price import measure
-from common.training.quantized import Quantized, start_from
+from common.training.quantized import PART, Quantized, start_from
 
 
 def layer():
@@ -99,7 +99,7 @@ def test_steps_by_rows_are_those_of_the_rows_alone():
         rounded = start.rounded()["weight"]
         (rounded * towards).sum().backward()
         with start.steps_alone():
-            start.log_steps["weight"] += 0.1
+            start.log_steps["weight"] += 5 * PART
         return rounded, start.log_steps["weight"].grad
 
     rounded, gradient = moved(whole, towards)
@@ -123,3 +123,20 @@ def test_steps_by_rows_are_whole_parts_of_an_octave_and_their_gradient_is_not_lo
     assert start.rounded()["weight"].ravel().tolist() == pytest.approx(rounded)
     start.rounded()["weight"].sum().backward()
     assert start.log_steps["weight"].grad.ravel().tolist() == pytest.approx([(3 - 2) * steps[0], (2 + 0) * steps[1]])
+
+
+def test_steps_by_rows_move_at_constant_weight_whether_or_not_they_reach_the_next_on_the_grid():
+    network = layer()
+    steps = torch.full((30, 1), 0.0207).numpy()
+    start = start_from(network, dict(network.named_parameters()), {"weight": steps, "bias": 0.01})
+    before = start.unrounded()["weight"]
+    assert torch.allclose(before, network.weight, atol=0.06 * 0.0207)  # what is left outside of the cells' middle
+    found = set()
+    for _ in range(12):
+        for p in start.parameters().values():
+            p.grad = torch.zeros_like(p)
+        with start.steps_alone():
+            start.log_steps["weight"] += 0.2 * PART
+        assert torch.allclose(start.unrounded()["weight"], before, atol=1e-6)
+        found.add(start.steps()["weight"].item(0))
+    assert len(found) == 3

@@ -89,7 +89,7 @@ def test_a_trellis_and_steps_by_rows_stand_beside_each_other():
     assert np.array_equal(entropy.decode(both, shapes)["w"], entropy.decode(plain, shapes)["w"].numpy() * steps)
 
 
-def test_one_step_for_all_is_stored_as_before():
+def test_steps_by_rows_that_are_all_the_same_say_what_one_step_says():
     rows = {"conv": np.full((8, 1, 1, 1), 0.1, np.float32), "up": 0.2, "bias": 0.01}
     one = rounding.encode(weights(), rows | {"conv": 0.1}, price=0.0)
     assert entropy.version_of(one) == 2
@@ -113,4 +113,4 @@ def test_rounding_to_a_size_keeps_the_steps_by_rows():
 @pytest.mark.parametrize("exponents, message", [([LARGEST_EXPONENT + 1, 0], "exponent of 513"), ([512, 0], "positive")])
 def test_steps_that_cannot_be_are_refused(exponents, message):
     with pytest.raises(ValueError, match=message):
-        join("w", np.float32(1e38), np.array(exponents), 0, 2)
+        join(1e38, np.array(exponents), 0, 2)

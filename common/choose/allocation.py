@@ -18,8 +18,8 @@ from common.choose.feedback import Feedback
 from common.choose.fixed_rounding import FixedRounding
 from common.errors import UserError
 from common.formats import entropy
-from common.formats.entropy import Step
 from common.formats.numbers import stored_bytes
+from common.formats.row_steps import Step
 
 SAMPLED = 20_000  # of a tensor's weights, for a first guess at its entropy
 TOLERANCE = 5e-4  # of a file's size, below what was asked for

@@ -8,8 +8,8 @@ import torch
 
 from common.choose.feedback import Feedback, no_feedback
 from common.formats import entropy
-from common.formats.entropy import LARGEST_CODE, Step
-from common.formats.row_steps import stored_steps
+from common.formats.entropy import LARGEST_CODE
+from common.formats.row_steps import Step, row_axis, stored_steps
 from common.formats.trellis import NO_TRELLIS, TRELLIS, columns_of
 
 # Steps proportional to 1 / sqrt(F) spend squared error F step^2 / 12 for entropy -log2(step); this is the price of a
@@ -50,9 +50,10 @@ def encode(
     price: float = PRICE_OF_A_BIT,
     trellis: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """What a file stores of `weights`, as `choose_codes` rounds them. Steps by rows are for weights without feedback,
-    which would take the errors of rows for those of one step."""
+    """What a file stores of `weights`, as `choose_codes` rounds them to multiples of the steps that a file can say
+    (`row_steps.stored_steps`)."""
     rounding = Rounding(feedback or {}, price, trellis)
+    steps = {name: stored_steps(steps[name]) for name in weights}
     axes = {name: rounding.axis(name, weight.shape) for name, weight in weights.items()}
     return entropy.encode(choose_codes(weights, steps, rounding), steps, axes)
 
@@ -60,9 +61,12 @@ def encode(
 def choose_codes(weights: dict[str, torch.Tensor], steps: dict[str, Step], rounding: Rounding) -> dict[str, np.ndarray]:
     """Integers, int64 of the weights' shapes, that stand for multiples of their steps near `weights`.
 
-    Where another code is so much shorter that it pays for its error, it is taken. Raises ValueError for a step that is
-    not positive or so small that codes pass LARGEST_CODE.
+    Where another code is so much shorter that it pays for its error, it is taken. Raises ValueError for a step so small
+    that codes pass LARGEST_CODE, and for steps by rows of a weight with feedback, which knows of one step alone.
     """
+    for name in rounding.feedback.keys() & steps.keys():
+        if row_axis(steps[name]) is not None:
+            raise ValueError(f"{name} has steps by rows, and feedback takes one step for all of a weight")
 
     def choose(name: str) -> np.ndarray:
         return _choose(weights[name].shape, _scaled(weights[name], steps[name]), rounding, name)
@@ -79,13 +83,10 @@ def choose_codes(weights: dict[str, torch.Tensor], steps: dict[str, Step], round
 
 
 def _scaled(weight: torch.Tensor, step: Step) -> np.ndarray:
-    """The weight in units of its steps as a file says them."""
-    least = np.min(step)
-    if not least > 0:
-        raise ValueError(f"a step of {least} is not positive")
-    scaled = weight.detach().cpu().double().numpy() / stored_steps(step).astype(np.float64)
+    """The weight in units of its steps."""
+    scaled = weight.detach().cpu().double().numpy() / np.asarray(step, np.float64)
     if not abs(scaled).max() <= LARGEST_CODE:
-        raise ValueError(f"a step of {least} is too small for a weight of {weight.abs().max():.3g}")
+        raise ValueError(f"steps from {np.min(step):.3g} are too small for weights up to {weight.abs().max():.3g}")
     return scaled
 
 

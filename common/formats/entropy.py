@@ -15,23 +15,21 @@ import torch
 from common.formats import coder, entropy_tables
 from common.formats.coder import LARGEST_CODE
 from common.formats.entropy_tables import MOST_CODES_PER_BYTE
-from common.formats.row_steps import join, parts, row_axis
+from common.formats.row_steps import Step, join, parts, row_axis
 from common.formats.trellis import NO_TRELLIS, TRELLIS, columns_of, multiples, of_columns
 from common.runtime import sealed
 
-_AXES = (None, 0, 1)  # a layout is the place here of the trellis' axis, and three times that of the steps' rows
-
-Step = float | np.ndarray  # of all of a tensor, or an array of one for each row (`common.formats.row_steps`)
+_AXES = (None, 0, 1)  # a layout is t + 3 r: the places here of the trellis' axis and of that of steps by rows
 
 
 def encode(
     codes: dict[str, np.ndarray], steps: dict[str, Step], axes: dict[str, int | None] | None = None
 ) -> dict[str, torch.Tensor]:
-    """What a file stores of weights that `codes` {name: integers of the weight's shape} and `steps` {name: step} say.
-    Steps by rows are stored as `row_steps.stored_steps` has them.
+    """What a file stores of weights that `codes` {name: integers of the weight's shape} and `steps` {name: step, or
+    steps by rows as `row_steps.stored_steps` has them} say.
 
     axes: {name: the dimension, 0 or 1, down which a trellis runs; None: the weight is codes times step}. Raises
-    ValueError for a code beyond LARGEST_CODE.
+    ValueError for a code beyond LARGEST_CODE, and for steps that no file can say of the weight.
     """
     axes = axes or {}
     for of_tensor in codes.values():
@@ -41,10 +39,14 @@ def encode(
     order = _order({name: of_tensor.shape for name, of_tensor in codes.items()})
     rows = {name: row_axis(steps[name]) for name in codes}
     bases, exponents = {}, []
-    for name in codes:
+    for name, axis in rows.items():
         bases[name], of_rows = parts(steps[name])
-        if rows[name] is not None:
-            exponents.append((of_rows[None].astype(np.int32), NO_TRELLIS))
+        if axis is None:
+            continue
+        fits = axis < 2 <= codes[name].ndim == np.ndim(steps[name])
+        if not fits or np.size(steps[name]) != codes[name].shape[axis]:
+            raise ValueError(f"steps of shape {np.shape(steps[name])} are not those of rows of {name}")
+        exponents.append((of_rows[None].astype(np.int32), NO_TRELLIS))
     matrices = [(columns[name], NO_TRELLIS if axes.get(name) is None else TRELLIS) for name in order]
     data = coder.write(exponents + matrices)
     layouts = [_AXES.index(axes.get(name)) + len(_AXES) * _AXES.index(rows[name]) for name in codes]
@@ -72,10 +74,11 @@ def decode(stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> di
     return {name: weights[name] for name in shapes}
 
 
-def steps_of(stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> dict[str, np.ndarray]:
-    """{name: step}, float32, () or by rows as `encode` takes them: what codes are multiples of. Raises as `decode`."""
+def steps_of(stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> dict[str, Step]:
+    """{name: step}, float32, of all of a tensor or by rows: what its codes are multiples of. Does not read the codes;
+    raises ValueError where the rest does not fit `shapes`."""
     if version_of(stored) == 1:
-        return dict(zip(shapes, stored["entropy:steps"].numpy(), strict=True))
+        return dict(zip(shapes, stored["entropy:steps"].cpu().numpy(), strict=True))
     return _Reader(stored, shapes).steps
 
 
@@ -83,7 +86,7 @@ def extend(
     stored: dict[str, torch.Tensor],
     shapes: dict[str, torch.Size],
     codes: dict[str, np.ndarray],
-    steps: dict[str, float],
+    steps: dict[str, Step],
 ) -> dict[str, torch.Tensor]:
     """What a file stores of the weights, of `shapes`, that `stored` holds, and of further ones, as `encode` takes them,
     which come last. Raises ValueError for what version 1 stores."""
@@ -91,12 +94,13 @@ def extend(
         raise ValueError("files of version 1 are not extended")
     reader = _Reader(stored, shapes)
     read = {name: reader.in_shape(name, reader.codes(name)[0]) for name in _order(shapes)}
+    reader.finish()
     own = {name: read[name] for name in shapes}  # in the order of `shapes`, not of the stream
     return encode(own | codes, reader.steps | steps, reader.axes | dict.fromkeys(codes))
 
 
 class _Reader:
-    """Reads what `encode` stored: steps {name: float32, () or by rows} and axes {name: of its trellis} at once, codes
+    """Reads what `encode` stored: steps {name: step, float32} and axes {name: that of its trellis} at once, codes
     tensor by tensor in the order of the stream. Raises ValueError where `stored` does not fit `shapes` or itself."""
 
     def __init__(self, stored: dict[str, torch.Tensor], shapes: dict[str, torch.Size]):
@@ -109,7 +113,10 @@ class _Reader:
         for name, layout in layouts.items():
             if (axis := _AXES[layout // len(_AXES)]) is not None:
                 exponents = self._coder.matrix((1, shapes[name][axis]), NO_TRELLIS)[0]
-                self.steps[name] = join(name, self.steps[name], exponents, axis, len(shapes[name]))
+                try:
+                    self.steps[name] = join(self.steps[name], exponents, axis, len(shapes[name]))
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
 
     def codes(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """The tensor's integers, a matrix of columns, and the table of its trellis."""
@@ -128,7 +135,7 @@ class _Reader:
 
 
 def version_of(stored: dict[str, torch.Tensor]) -> int:
-    """Of the format: 1 has tables, 3 steps by rows."""
+    """Of the format: 1 where there are tables, 3 where a tensor has steps by rows, otherwise 2."""
     if "entropy:tables" in stored:
         return 1
     layouts = stored.get("entropy:layout")

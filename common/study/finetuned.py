@@ -11,8 +11,9 @@ from tqdm import tqdm
 from common.choose import allocation, rounding
 from common.ddpm.architecture import schedule_of
 from common.errors import UserError
-from common.formats.entropy import Step
+from common.formats import entropy
 from common.formats.packed import Model, file_bytes, load_model, save_model, tensor_shapes
+from common.formats.row_steps import Step
 from common.runtime import distributed
 from common.runtime.files import remove
 from common.study.codings import coded_model
@@ -24,11 +25,12 @@ from common.training.finetune_inputs import BATCH, STATES, joined, noised_digits
 
 def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: int, updates: int) -> Model:
     """A model of at most `limit` bytes whose codes, and steps of output channels, were trained to predict what the
-    baseline does. They begin as those of `model`. Raises BudgetError.
+    baseline does. They begin as those of `model`, which has one step for each tensor. Raises BudgetError.
 
     The result is kept, and found by the same command again; the state of the training, ten times as large, goes.
     """
-    steps = dict(zip(model.state, model.stored["entropy:steps"].tolist(), strict=True))
+    shapes = {name: tensor.shape for name, tensor in model.state.items()}
+    steps = {name: float(step) for name, step in entropy.steps_of(model.stored, shapes).items()}
     precision, seed = training_precision(run.device), run.training.seed
     more = {"limit": limit, "updates": updates, "device": run.sampling.device}
     key = state_key(baseline.sha256, model.sha256, steps, run.data, seed, precision, **more)
@@ -62,11 +64,11 @@ def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: in
 
 
 def by_rows(model: Model, steps: dict[str, float]) -> dict[str, Step]:
-    """The same steps, of each output channel its own where a tensor has two dimensions or more."""
-    shapes = {name: of for name, of in tensor_shapes(model.config).items() if len(of[0]) > 1}
+    """`steps`, once for each output channel of the tensors that have two dimensions or more."""
     return steps | {
         name: np.full([length if i == axis else 1 for i, length in enumerate(shape)], steps[name], np.float32)
-        for name, (shape, axis) in shapes.items()
+        for name, (shape, axis) in tensor_shapes(model.config).items()
+        if len(shape) > 1
     }
 
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from common.formats.entropy import Step
 from common.formats.packed import MIB
+from common.formats.row_steps import PARTS, Step
 from common.runtime import distributed
 from common.runtime.device import autocast
 from common.training import finetune_inputs, price, quantized
@@ -28,7 +28,7 @@ from common.training.loop import SAVE_SECONDS
 from common.training.price import SizeControl
 from common.training.quantized import Quantized, start_from
 
-METHOD_VERSION = 5  # grows whenever `finetune`, or what draws its inputs, comes to give other weights
+METHOD_VERSION = 6  # grows whenever `finetune`, or what draws its inputs, comes to give other weights
 RATE, STEP_RATE = 0.004, 0.0005  # of Adam: of latent weights, in steps; of the logarithms of steps
 WARMUP = 0.05  # of the updates: Adam's first ones are all of full length
 RECOUNT = 10  # of REFRESH, from one file that is made to the next ..
@@ -42,7 +42,18 @@ def state_key(network: str, weights: str, steps: dict[str, float], data: str, se
     network, weights: hashes of the network's own weights and of those it starts from; data, seed: of its digits; more:
     limit, updates and device.
     """
-    method = [METHOD_VERSION, RATE, STEP_RATE, WARMUP, quantized.INSIDE, REFRESH, RECOUNT, RECOUNT_WEIGHTS, SPARE]
+    method = [
+        METHOD_VERSION,
+        RATE,
+        STEP_RATE,
+        WARMUP,
+        quantized.INSIDE,
+        PARTS,
+        REFRESH,
+        RECOUNT,
+        RECOUNT_WEIGHTS,
+        SPARE,
+    ]
     method += [price.ABSENT, price.PROPORTIONAL, price.INTEGRAL, price.FARTHEST, price.MEMORY]
     method += [finetune_inputs.BATCH, finetune_inputs.STATES, finetune_inputs.SAMPLER, finetune_inputs.STEPS]
     method += [finetune_inputs.IMAGES]

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from common.formats.entropy import Step
-from common.formats.row_steps import PARTS
+from common.formats.row_steps import PARTS, Step
 
 PART = math.log(2) / PARTS  # of an octave, in steps by rows
 INSIDE = 0.45  # of a step: how far from its code a latent weight starts at most; at half a step lies the next code
@@ -21,7 +20,7 @@ INSIDE = 0.45  # of a step: how far from its code a latent weight starts at most
 
 @dataclass(frozen=True)
 class Quantized:
-    """latents {name: weight in steps}, log_steps {name: logarithm of the step, (), or by rows and as broad as that}."""
+    """latents {name: weight in steps}, log_steps {name: logarithm of the step, (), or of steps by rows}."""
 
     latents: dict[str, nn.Parameter]
     log_steps: dict[str, nn.Parameter]
@@ -52,17 +51,18 @@ class Quantized:
         with torch.no_grad():
             for name, u in self.latents.items():
                 self.log_steps[name].grad.sub_((u * u.grad).sum_to_size(self.log_steps[name].shape))
-            before = {name: log_step.clone() for name, log_step in self.log_steps.items()}
+            before = {name: self._step(name).clone() for name in self.log_steps}
             yield
             for name, u in self.latents.items():
-                u.mul_((before[name] - self.log_steps[name]).exp())
+                u.mul_(before[name] / self._step(name))
 
     def steps(self) -> dict[str, Step]:
+        """What codes are multiples of."""
         steps = {name: self._step(name).detach().cpu() for name in self.log_steps}
         return {name: step.numpy() if step.dim() else float(step) for name, step in steps.items()}
 
     def _step(self, name: str) -> torch.Tensor:
-        """What codes are multiples of: steps by rows in whole parts of an octave, as a file says them."""
+        """Steps by rows lie on a grid of `PARTS` to the octave, as in a file."""
         log_step = self.log_steps[name]
         if not log_step.dim():
             return log_step.exp()
@@ -78,6 +78,7 @@ def start_from(network: nn.Module, weights: dict[str, torch.Tensor], steps: dict
     for name, own in network.named_parameters():
         step = torch.as_tensor(steps[name], dtype=torch.float32, device=device)
         codes = (weights[name].to(device) / step).round()
-        quantized.latents[name] = nn.Parameter((own.detach() / step).clamp(codes - INSIDE, codes + INSIDE))
         quantized.log_steps[name] = nn.Parameter(step.log())
+        latent = own.detach() / quantized._step(name).detach()
+        quantized.latents[name] = nn.Parameter(latent.clamp(codes - INSIDE, codes + INSIDE))
     return quantized
