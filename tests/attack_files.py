@@ -24,7 +24,9 @@ from common.choose import rounding
 from common.choose.layers import layer_weights
 from common.ddpm.unet import UNet
 from common.errors import UserError
+from common.formats import coder
 from common.formats.packed import Model, full_precision, load_model, save_model
+from common.formats.trellis import NO_TRELLIS
 from common.presets import UNetConfig
 from common.runtime import sealed
 
@@ -185,7 +187,7 @@ def hostile_files() -> dict[str, bytes]:
         store("one layout too few", version, layout=lambda layout: layout[1:])
         for dtype in (torch.int64, torch.complex64):
             store(f"layouts of type {dtype}", version, layout=lambda layout, dtype=dtype: layout.to(dtype))
-        for number in (1, 2, 3, 6, 8, 9, 255):
+        for number in (*range(1, 10), 255):
             store(f"all layouts {number}", version, layout=lambda layout, n=number: torch.full_like(layout, n))
         store("layouts of zeros", version, layout=torch.zeros_like)
         store("no codes", version, codes=lambda codes: codes[:0])
@@ -200,8 +202,17 @@ def hostile_files() -> dict[str, bytes]:
         add("tables beside codes", version, put("entropy:tables", torch.ones(3).byte()))
     store("steps by rows of the other dimension", "entropy 3", layout=lambda layout: layout + 3 * (layout >= 3))
     store("steps by rows of one tensor less", "entropy 3", layout=lambda layout: layout * (layout.cumsum(0) > 3))
+    for exponent in (513, -513, 2**23, -(2**23)):
+        store(f"an exponent of {exponent}", "entropy 3", codes=lambda codes, e=exponent: _stream_of(e))
+    store("steps that are infinite by rows", "entropy 3", steps=lambda steps: torch.full_like(steps, 3e38))
     add("symbols missing", "entropy", lambda tensors, metadata: tensors.pop("entropy:symbols"))
     return files
+
+
+def _stream_of(exponent: int) -> torch.Tensor:
+    """Codes that begin with this exponent of a step."""
+    codes = np.full((1, 99), exponent, np.int32)
+    return torch.from_numpy(np.frombuffer(coder.write([(codes, NO_TRELLIS)]), np.uint8).copy())
 
 
 def _channels(width: int) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from common.runtime import sealed
 
 DIRECT = 16  # magnitudes below it are symbols of their own
-MOST_CODES_PER_BYTE = 12_000  # of version 2 too, where a decision takes 0.0007 bits or more
+MOST_CODES_PER_BYTE = 12_000  # of versions 2 and 3 too, where a decision takes 0.0007 bits or more
 LARGEST_SYMBOL = 175  # that of 2^24 - 1: 8 * 20 bits of remainder + leading bits 15
 
 

@@ -36,11 +36,7 @@ MIB = 2**20
 MOST_CODED_WEIGHTS = 2**28  # 1 GiB as FP32: few bytes of entropy coding may stand for any number
 
 # What a file of a model holds, and of what types JSON has it.
-_CODED = {
-    1: "entropy",
-    2: "entropy 2",
-    3: "entropy 3",
-}  # {version of `common.formats.entropy`: what stands for all formats}
+_CODED = {1: "entropy", 2: "entropy 2", 3: "entropy 3"}  # by version of `common.formats.entropy`, for all tensors
 _HELD = {"architecture": dict, "data_range": list, "weights_sha256": str, "about": dict}
 _ARCHITECTURE = {
     "channels": list,

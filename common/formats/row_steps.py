@@ -25,7 +25,7 @@ def parts(step: Step) -> tuple[float, np.ndarray]:
 
     Raises ValueError where a step is not positive and finite, or LARGEST_EXPONENT cannot tell it.
     """
-    steps = np.asarray(step, np.float32).ravel()
+    steps = _positive(np.asarray(step, np.float32).ravel())
     base = _median(steps)
     exponents = np.rint(PARTS * np.log2(steps.astype(np.float64) / base)).astype(np.int64)
     if (largest := abs(exponents).max()) > LARGEST_EXPONENT:
@@ -40,14 +40,13 @@ def join(base: float, exponents: np.ndarray, axis: int, dimensions: int) -> np.n
         raise ValueError(f"an exponent of {largest} is more than {LARGEST_EXPONENT}")
     with np.errstate(over="ignore", under="ignore"):
         steps = np.ldexp(np.float32(base) * _FRACTIONS[exponents % PARTS], exponents // PARTS)
-    _median(steps)
-    return steps.reshape([-1 if i == axis else 1 for i in range(dimensions)])
+    return _positive(steps).reshape([-1 if i == axis else 1 for i in range(dimensions)])
 
 
 def stored_steps(step: Step) -> Step:
     """What a file can say of a step: itself, float32; or the nearest of steps by rows that `parts` can tell. Raises
     ValueError where one is not positive and finite."""
-    steps = np.asarray(step, np.float32)
+    steps = _positive(np.asarray(step, np.float32))
     base, farthest = _median(steps.ravel()), 2.0 ** (LARGEST_EXPONENT // PARTS)
     if (axis := row_axis(steps)) is None:
         return np.float32(base)
@@ -55,8 +54,13 @@ def stored_steps(step: Step) -> Step:
 
 
 def _median(steps: np.ndarray) -> float:
-    """The lower one. Raises ValueError where a step is not positive and finite."""
+    """The lower one of (R,)."""
+    return float(np.sort(steps)[(len(steps) - 1) // 2])
+
+
+def _positive(steps: np.ndarray) -> np.ndarray:
+    """The same. Raises ValueError where one is not positive and finite."""
     for step in (steps.min(), steps.max()):
         if not 0 < step < np.inf:
             raise ValueError(f"a step of {step} is not positive and finite")
-    return float(np.sort(steps)[(len(steps) - 1) // 2])
+    return steps
