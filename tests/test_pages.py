@@ -45,9 +45,10 @@ def test_the_strategy_that_is_shown(monkeypatch):
 
 
 def test_the_files_that_are_kept_are_those_of_the_rows():
-    rows = {row.label: row.weights for row in ResultStore(ROOT / "reference" / "quick" / "results.jsonl").rows()}
+    kept = (ResultStore(ROOT / "reference" / folder / "results.jsonl") for folder in ("quick", "budget"))
+    rows = {row.label: row.weights for store in kept for row in store.rows() if row.strategy == "Budget"}
     files = sorted((ROOT / "reference" / "frontier" / "models").iterdir())
-    assert [path.name for path in files] == [f"quick-{times}x.safetensors" for times in (10, 13, 16)]
+    assert [path.name for path in files] == [f"quick-{of}.safetensors" for of in ("10x", "13x", "16x", "24x-finetuned")]
     for path in files:
         model = load_model(path)
         assert path.stat().st_size < MIB and rows[model.metadata["label"]] == model.sha256
