@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from common.formats import entropy
-from common.formats.numbers import IntegerTensor, bits, quantize_integer, unpack_codes
+from common.formats.numbers import IntegerTensor, along, bits, quantize_integer, unpack_codes
 from common.formats.packed import Model, tensor_shapes
 
 LAYERS = ("Convolution", "ConvolutionBackpropData", "MatMul")  # OpenVINO's names of what has weights
@@ -99,11 +99,11 @@ def set_integers(graph, network: torch.nn.Module, integers: dict[str, IntegerTen
     for layer, (codes, convert, scale, multiply) in integer_layers(graph).items():
         name = f"{layer}.weight"
         chosen = integers.get(name) or quantize_integer(weights[name].detach(), "int8", axes[name])
-        shape = [-1 if i == chosen.axis else 1 for i in range(chosen.codes.dim())]
         if tuple(codes.data.shape) != tuple(chosen.codes.shape):
             raise ValueError(f"{name}: the graph has {codes.data.shape}, the network {tuple(chosen.codes.shape)}")
+        scales = along(chosen.scale, chosen.axis, chosen.codes.dim())
         new_codes = opset13.constant(chosen.codes.numpy(), dtype=np.int8, name=codes.get_friendly_name())
-        new_scale = opset13.constant(chosen.scale.view(shape).numpy(), dtype=np.float32, name=scale.get_friendly_name())
+        new_scale = opset13.constant(scales.numpy(), dtype=np.float32, name=scale.get_friendly_name())
         convert.input(0).replace_source_output(new_codes.output(0))
         multiply.input(1).replace_source_output(new_scale.output(0))
 

@@ -168,9 +168,9 @@ def unpack_codes(stream: torch.Tensor, width: int, shape: torch.Size) -> torch.T
     return torch.from_numpy(np.packbits(np.concatenate([sign, field], axis=1)).view(np.int8)).reshape(shape)
 
 
-def along(scale: torch.Tensor, axis: int, dim: int) -> torch.Tensor:
-    """A scale per channel of `axis`, to be multiplied with a weight of `dim` dimensions."""
-    return scale.view([-1 if i == axis else 1 for i in range(dim)])
+def along(scale: torch.Tensor | np.ndarray, axis: int, dim: int) -> torch.Tensor | np.ndarray:
+    """A scale per channel of `axis`, to be multiplied with a weight of `dim` dimensions; of the scale's own type."""
+    return scale.reshape([-1 if i == axis else 1 for i in range(dim)])
 
 
 def _to_fp16(weight: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ with the weight's codes.
 
 import numpy as np
 
+from common.formats.numbers import along
+
 Step = float | np.ndarray  # of all of a tensor, or an array of one for each row
 
 PARTS = 32  # of an octave; with 8, steps were up to 4% off, which raised the error of a 20x file by half
@@ -34,22 +36,22 @@ def parts(step: Step) -> tuple[float, np.ndarray]:
 
 
 def join(base: float, exponents: np.ndarray, axis: int, dimensions: int) -> np.ndarray:
-    """The steps by rows, float32, that `parts` says so; rows are dimension `axis` of so many. Raises ValueError where
-    an exponent is beyond LARGEST_EXPONENT, or a step not positive and finite."""
+    """The inverse of `parts`: steps by rows, float32, which are dimension `axis` of so many. Raises ValueError where an
+    exponent is beyond LARGEST_EXPONENT, or a step not positive and finite."""
     if (largest := abs(exponents).max()) > LARGEST_EXPONENT:
         raise ValueError(f"an exponent of {largest} is more than {LARGEST_EXPONENT}")
     with np.errstate(over="ignore", under="ignore"):
         steps = np.ldexp(np.float32(base) * _FRACTIONS[exponents % PARTS], exponents // PARTS)
-    return _positive(steps).reshape([-1 if i == axis else 1 for i in range(dimensions)])
+    return along(_positive(steps), axis, dimensions)
 
 
 def stored_steps(step: Step) -> Step:
     """What a file can say of a step: itself, float32; or the nearest of steps by rows that `parts` can tell. Raises
     ValueError where one is not positive and finite."""
     steps = _positive(np.asarray(step, np.float32))
-    base, farthest = _median(steps.ravel()), 2.0 ** (LARGEST_EXPONENT // PARTS)
     if (axis := row_axis(steps)) is None:
-        return np.float32(base)
+        return steps.ravel()[0]
+    base, farthest = _median(steps.ravel()), 2.0 ** (LARGEST_EXPONENT // PARTS)
     return join(*parts(steps.clip(base / farthest, base * farthest)), axis, steps.ndim)
 
 

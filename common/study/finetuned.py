@@ -12,6 +12,7 @@ from common.choose import allocation, rounding
 from common.ddpm.architecture import schedule_of
 from common.errors import UserError
 from common.formats import entropy
+from common.formats.numbers import along
 from common.formats.packed import Model, file_bytes, load_model, save_model, tensor_shapes
 from common.formats.row_steps import Step
 from common.runtime import distributed
@@ -66,7 +67,7 @@ def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: in
 def by_rows(model: Model, steps: dict[str, float]) -> dict[str, Step]:
     """`steps`, once for each output channel of the tensors that have two dimensions or more."""
     return steps | {
-        name: np.full([length if i == axis else 1 for i, length in enumerate(shape)], steps[name], np.float32)
+        name: along(np.full(shape[axis], steps[name], np.float32), axis, len(shape))
         for name, (shape, axis) in tensor_shapes(model.config).items()
         if len(shape) > 1
     }

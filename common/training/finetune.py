@@ -42,18 +42,8 @@ def state_key(network: str, weights: str, steps: dict[str, float], data: str, se
     network, weights: hashes of the network's own weights and of those it starts from; data, seed: of its digits; more:
     limit, updates and device.
     """
-    method = [
-        METHOD_VERSION,
-        RATE,
-        STEP_RATE,
-        WARMUP,
-        quantized.INSIDE,
-        PARTS,
-        REFRESH,
-        RECOUNT,
-        RECOUNT_WEIGHTS,
-        SPARE,
-    ]
+    method = [METHOD_VERSION, RATE, STEP_RATE, WARMUP, quantized.INSIDE, PARTS]
+    method += [REFRESH, RECOUNT, RECOUNT_WEIGHTS, SPARE]
     method += [price.ABSENT, price.PROPORTIONAL, price.INTEGRAL, price.FARTHEST, price.MEMORY]
     method += [finetune_inputs.BATCH, finetune_inputs.STATES, finetune_inputs.SAMPLER, finetune_inputs.STEPS]
     method += [finetune_inputs.IMAGES]

@@ -51,7 +51,7 @@ class Quantized:
         with torch.no_grad():
             for name, u in self.latents.items():
                 self.log_steps[name].grad.sub_((u * u.grad).sum_to_size(self.log_steps[name].shape))
-            before = {name: self._step(name).clone() for name in self.log_steps}
+            before = {name: self._step(name) for name in self.log_steps}
             yield
             for name, u in self.latents.items():
                 u.mul_(before[name] / self._step(name))
