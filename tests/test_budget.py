@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,13 +13,13 @@ from diffusers import UNet2DModel
 
 from common.choose import allocation, rounding
 from common.choose.allocation import BudgetError
-from common.choose.feedback import measure_feedback
+from common.choose.feedback import ROW_DAMPING, factorize_rows, measure_feedback, no_feedback
 from common.ddpm.schedule import Schedule
 from common.errors import UserError, run_main
 from common.fisher.information import fisher_information
 from common.formats import entropy
 from common.formats.numbers import stored_bytes
-from common.formats.packed import MIB, file_bytes, full_precision, load_model, save_model
+from common.formats.packed import MIB, file_bytes, full_precision, load_model, save_model, tensor_shapes
 from common.metrics.estimate import Estimate
 from common.study import budget_models, budget_search
 from common.study import finetuned as finetuned_module
@@ -256,6 +257,23 @@ def test_twenty_sizes_from_the_smallest_to_fp32_are_kept_to(tiny_network, coding
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-3 * errors[0]
 
 
+def test_steps_of_channels_follow_the_second_moments_of_their_gradients(tiny_network):
+    baseline = full_precision(tiny_network.config, tiny_network.state_dict(), {})
+    names = [name for name, (shape, axis) in tensor_shapes(baseline.config).items() if len(shape) == 4 and axis == 1]
+    rows = tensor_shapes(baseline.config)[names[0]][0][1]
+    scale = torch.linspace(1, 3, rows).double()
+    feedback = no_feedback(baseline.state[names[0]].shape, transposed=True)
+    feedback = replace(feedback, by_rows=factorize_rows(scale.diag().square()))
+    coding = EntropyCoding(baseline, {names[0]: feedback}, by_rows=True)
+    model = coding.fit(int(baseline.size_mib() * MIB / 6), dict.fromkeys(baseline.state, 1.0), {})
+    steps = entropy.steps_of(model.stored, {name: w.shape for name, w in baseline.state.items()})
+    moments = (scale.square() / scale.square().mean()).numpy() + ROW_DAMPING
+    found = steps[names[0]].ravel() * moments**0.5
+    assert found == pytest.approx(np.full(rows, found[0]), rel=2 ** (1 / 32) - 1)
+    assert {np.ndim(step) for step in steps.values()} == {0, 2, 4}
+    assert all(np.ptp(step) == 0 for name, step in steps.items() if name != names[0])
+
+
 def test_other_values_are_none_or_those_of_the_weights():
     weights = {"a": torch.tensor([1.0, -3.0]), "b": torch.zeros(2), "c": torch.ones(2)}
     others = budget_models.other_values(weights, {"a": 1.0, "b": 2.0, "c": 3.0})
@@ -299,10 +317,11 @@ def test_finetuning_learns_from_noised_digits_and_states_and_is_kept(script, mon
 
 
 def test_finetuning_starts_from_a_larger_file_where_its_updates_can_shrink_that(script, monkeypatch):
-    started = []
+    started, versions = [], set()
 
     def take(run, baseline, model, metadata, limit, updates):
         started.append((updates, file_bytes(model) / limit))
+        versions.add(entropy.version_of(model.stored))
         raise BudgetError(limit + 1)
 
     monkeypatch.setattr(budget_models, "finetuned", take)
@@ -310,6 +329,7 @@ def test_finetuning_starts_from_a_larger_file_where_its_updates_can_shrink_that(
         script("--times", "9", "--finetune", str(updates))
     (_, few), (_, many) = started
     assert 0.9 < few < 1 < many <= 1.21
+    assert versions == {3}  # channels have steps of their own
 
 
 def test_finetuned_codes_that_do_not_fit_cost_no_other_row(script, monkeypatch, capfd):

@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.choose import feedback, rounding
-from common.choose.feedback import DAMPING, Feedback, make_feedback, measure_feedback, patches_of
+from common.choose.feedback import (
+    DAMPING,
+    ROW_DAMPING,
+    Feedback,
+    factorize_rows,
+    make_feedback,
+    measure_feedback,
+    patches_of,
+)
 from common.fisher.gauss_newton import random_signs, signed_sum
 from common.formats import entropy
 
@@ -129,6 +137,24 @@ def test_factors_are_those_of_the_gradients_of_single_samples(index):
         np.testing.assert_allclose(factor.upper, expected.upper, rtol=1e-3, atol=1e-4 * expected.upper.max())
     np.testing.assert_allclose(measured.by_rows.spread, wanted.by_rows.spread, atol=1e-5)
     assert measured.gain == pytest.approx(wanted.gain, rel=1e-4) and measured.gain < measured.column_gain
+
+
+def test_the_factor_of_rows_tells_their_second_moments():
+    moment = correlated_moment(9)
+    mean = float(moment.diagonal().mean())
+    expected = (moment.diagonal().numpy() / mean + ROW_DAMPING) / (1 + ROW_DAMPING)
+    assert factorize_rows(moment).second_moments() == pytest.approx(expected)
+
+
+def test_in_even_scales_the_second_moments_of_all_rows_are_alike():
+    scale = torch.tensor([0.1, 1.0, 3.0, 2.0, 1.0])
+    moment = (correlated_moment(5) * scale * scale[:, None]).double()
+    of = Feedback([], False, 1.0, factorize_rows(moment))
+    scales = of.even_scales(5)
+    assert np.prod(scales) == pytest.approx(1) and scales.min() < 0.5 * scales.max()
+    moments = of.with_scales(scales).by_rows.second_moments()
+    assert moments == pytest.approx(np.full(5, moments[0]))
+    assert Feedback([], False, 1.0).even_scales(3).tolist() == [1, 1, 1]
 
 
 def test_only_the_upper_triangle_of_a_moment_is_read_and_what_is_not_finite_is_refused():

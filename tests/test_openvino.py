@@ -28,12 +28,11 @@ from common.engines.integers import (
 from common.engines.openvino import compile_graph, convert, denoiser, has_bfloat16, sums_saturate
 from common.errors import UserError
 from common.formats import entropy
-from common.formats.numbers import bits, channel_axes, unpack_codes
-from common.formats.packed import full_precision
+from common.formats.numbers import along, bits, channel_axes, unpack_codes
+from common.formats.packed import full_precision, tensor_shapes
 from common.formats.row_steps import stored_steps
 from common.runtime import sealed
 from common.study.codings import coded_model
-from common.study.finetuned import by_rows as by_rows_of
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
@@ -128,8 +127,9 @@ def test_codes_are_those_of_the_packed_model(network, model, calibration, kept, 
 def test_entropy_codes_that_fit_are_kept_as_they_are(network, model, by_rows):
     weights, steps = layer_weights(model.state), dict.fromkeys(model.state, 0.01)
     if by_rows:
-        for name, of in by_rows_of(model, steps).items():
-            steps[name] = stored_steps(of * np.exp2(np.arange(np.size(of)).reshape(np.shape(of)) % 5 / 8))
+        for name, (shape, axis) in tensor_shapes(model.config).items():
+            if len(shape) > 1:
+                steps[name] = stored_steps(along(0.01 * np.exp2(np.arange(shape[axis]) % 5 / 8), axis, len(shape)))
     codes = {name: (w.numpy() / steps[name]).round().astype(np.int64) for name, w in model.state.items()}
     codes[weights[1]].flat[0] = 128  # one beyond 8 bits
     coded = coded_model(model, entropy.encode(codes, steps), {"label": "Budget"})

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from common.choose import allocation, rounding
+from common.choose.feedback import make_feedback
 from common.formats import entropy
 from common.formats.row_steps import LARGEST_EXPONENT, join, parts, row_axis, stored_steps
 
@@ -69,6 +70,35 @@ def test_a_row_of_coarser_steps_is_rounded_to_them():
     read = entropy.decode(rounding.encode({"w": weight}, {"w": steps}, price=0.0), {"w": weight.shape})["w"]
     errors = (read - weight).square().mean(1).sqrt() / stored_steps(steps).ravel()
     assert errors.tolist() == pytest.approx([12**-0.5] * 4, rel=0.1)
+
+
+def test_feedback_knows_that_rows_have_steps_of_their_own():
+    """What is rounded to them is what the same weight, its rows divided by their share, is with one step."""
+    generator = np.random.default_rng(0)
+    factor = generator.normal(size=(6, 6))
+    of_columns, of_rows = np.eye(12) + 0.5, torch.from_numpy(factor @ factor.T)
+    feedback = make_feedback([(np.arange(12), torch.from_numpy(of_columns))], of_rows=of_rows)
+    weight, shares = torch.from_numpy(generator.normal(size=(6, 12))), np.exp2(generator.integers(-2, 3, 6))
+    scaled = weight / torch.from_numpy(shares)[:, None]
+    stored = rounding.encode({"w": weight}, {"w": 0.25 * shares[:, None]}, {"w": feedback})
+    expected = rounding.encode({"w": scaled}, {"w": 0.25}, {"w": feedback.with_scales(shares)})
+    found, expected = (entropy.decode(of, {"w": weight.shape})["w"].numpy() for of in (stored, expected))
+    assert np.array_equal(found, expected * shares[:, None])
+    plain = entropy.decode(rounding.encode({"w": weight}, {"w": 0.25 * shares[:, None]}), {"w": weight.shape})["w"]
+    assert not np.array_equal(found, plain.numpy())
+
+
+def test_a_fit_to_a_size_keeps_the_ratios_of_steps():
+    weight = torch.randn(8, 400, generator=torch.Generator().manual_seed(0))
+    ratios = steps_of(np.exp2(np.arange(8) / 4), dimensions=2)
+
+    def size(stored):
+        return sum(part.nbytes for part in stored.values())
+
+    stored = allocation.entropy_coded({"w": weight}, {"w": 1.0}, size, 1200, ratios={"w": ratios})
+    assert 0.97 * 1200 < size(stored) <= 1200
+    found = entropy.steps_of(stored, {"w": weight.shape})["w"]
+    assert np.allclose(found / found[0], ratios / ratios[0], rtol=1e-6)
 
 
 def test_a_file_of_steps_by_rows_is_extended_without_a_change():

@@ -126,11 +126,13 @@ def entropy_coded(
     feedback: dict[str, Feedback] | None = None,
     price: float = rounding.PRICE_OF_A_BIT,
     trellis: bool = False,
+    ratios: dict[str, Step] | None = None,
 ) -> dict[str, torch.Tensor]:
     """`rounding.encode` of FP32 `weights` with steps by their Fisher `values`, in at most `budget` bytes.
 
     size: the bytes of what is stored; feedback: of the weights that are rounded by it; price: of a bit, in squared
-    steps; trellis: whether weights are coded by one. At high resolution the least sum of F step^2 / 12 for its entropy
+    steps; trellis: whether weights are coded by one; ratios: of the steps of rows to the step of all, for weights that
+    have steps by rows. At high resolution the least sum of F step^2 / 12 for its entropy
     has steps proportional to 1 / sqrt(F), so one factor remains to be found. Tensors of value zero, which the loss does
     not reach, become zero. Raises BudgetError, and UserError where a value is not finite.
     """
@@ -138,20 +140,21 @@ def entropy_coded(
     largest = {name: max(1e-30, float(weight.abs().max())) for name, weight in weights.items()}
     how = rounding.Rounding(feedback or {}, price, trellis)
 
-    def steps_of(factor: float) -> dict[str, float]:
+    relative = {n: how.relative_step(n, w.shape) * (ratios or {}).get(n, 1.0) for n, w in weights.items()}
+
+    def steps_of(factor: float) -> dict[str, Step]:
         steps = {}
         for name, w in largest.items():
             finest, all_zero = 1.01 * w / entropy.LARGEST_CODE, 3 * w
             step = factor / values[name] ** 0.5 if values[name] > 0 else all_zero
-            step *= how.relative_step(name, weights[name].shape)
-            steps[name] = min(max(step, finest), all_zero)
+            steps[name] = np.clip(step * relative[name], finest, all_zero)
         return steps
 
     def encode(factor: float) -> dict[str, torch.Tensor]:
         return rounding.encode(weights, steps_of(factor), how.feedback, price, trellis)
 
     coarsest = max(3 * w * values[name] ** 0.5 for name, w in largest.items())  # from here on every code is zero
-    coarsest /= min(how.relative_step(name, weight.shape) for name, weight in weights.items())
+    coarsest /= min(np.min(of_tensor) for of_tensor in relative.values())
     zeros = {name: np.zeros(tuple(weight.shape), np.int64) for name, weight in weights.items()}
     best = entropy.encode(zeros, steps_of(coarsest))
     if (smallest := size(best)) > budget:

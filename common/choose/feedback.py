@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import linalg
 from scipy.linalg import blas, lapack
 from torch import nn
 from tqdm import tqdm
@@ -46,6 +47,13 @@ class RowFactor:
     weights: np.ndarray
     spread: np.ndarray
 
+    def second_moments(self) -> np.ndarray:
+        """(R,): of the gradients of each row, damped, whose mean is 1: what its squared errors weigh where no other row
+        makes them good."""
+        own = self.weights**-0.5
+        root = linalg.solve_triangular(-self.spread * own[:, None], np.eye(len(own)))
+        return np.square(root).sum(1)
+
 
 @dataclass(frozen=True)
 class Feedback:
@@ -62,6 +70,13 @@ class Feedback:
     def gain(self) -> float:
         """`column_gain`, and the same of rows."""
         return self.column_gain * (1.0 if self.by_rows is None else float(self.by_rows.weights.mean()))
+
+    def even_scales(self, rows: int) -> np.ndarray:
+        """(rows,): units of rows, of geometric mean 1, in which errors of all weigh alike where none mends another's."""
+        if self.by_rows is None:
+            return np.ones(rows)
+        scales = self.by_rows.second_moments() ** -0.5
+        return scales / np.exp(np.log(scales).mean())
 
     def with_scales(self, scales: np.ndarray) -> "Feedback":
         """The same for rows that are in units of their own `scales` (R,)."""

@@ -62,11 +62,11 @@ def choose_codes(weights: dict[str, torch.Tensor], steps: dict[str, Step], round
     """Integers, int64 of the weights' shapes, that stand for multiples of their steps near `weights`.
 
     Where another code is so much shorter that it pays for its error, it is taken. Raises ValueError for a step so small
-    that codes pass LARGEST_CODE, and for steps by rows of a weight with feedback, which knows of one step alone.
+    that codes pass LARGEST_CODE.
     """
-    for name in rounding.feedback.keys() & steps.keys():
-        if row_axis(steps[name]) is not None:
-            raise ValueError(f"{name} has steps by rows, and feedback takes one step for all of a weight")
+    by_rows = {name for name in rounding.feedback.keys() & steps.keys() if row_axis(steps[name]) is not None}
+    in_steps = {name: rounding.feedback[name].with_scales(np.ravel(steps[name])) for name in by_rows}
+    rounding = replace(rounding, feedback=rounding.feedback | in_steps)
 
     def choose(name: str) -> np.ndarray:
         return _choose(weights[name].shape, _scaled(weights[name], steps[name]), rounding, name)

@@ -217,7 +217,8 @@ class Maker:
         maps = affordable_maps(limit) if self.bias else 0
         of_codes = limit - maps * BYTES_OF_A_MAP
         share = START_SHARE_OF_FEW if updates < FEW else START_SHARE
-        start = self.fit(int(share * of_codes), self.values, self.metadata(asked), replace(self._allocator, bias=None))
+        coding = replace(self._allocator, bias=None, by_rows=True)
+        start = self.fit(int(share * of_codes), self.values, self.metadata(asked), coding)
         metadata = self.metadata(asked, "finetuned", updates=updates)
         trained = finetuned(self.run, self.baseline, start, metadata, of_codes, updates)
         return distributed.on_first(lambda: self.bias.correct(trained, maps, limit)) if maps else trained

@@ -14,7 +14,7 @@ from common.choose.feedback import Feedback
 from common.choose.fixed_rounding import FixedRounding
 from common.choose.rounding import PRICE_OF_A_BIT
 from common.formats import entropy
-from common.formats.numbers import stored_bytes
+from common.formats.numbers import along, stored_bytes
 from common.formats.packed import Model, Quantizer, file_bytes, tensor_shapes
 from common.study.output_bias import BYTES_OF_A_MAP, OutputBiasFit, affordable_maps
 
@@ -32,13 +32,14 @@ class Allocator(Protocol):
 @dataclass(frozen=True)
 class EntropyCoding:
     """Steps by Fisher values, rounded by `feedback` at a `price` of a bit (in squared steps), entropy-coded; multiples
-    of the step, from which finetuning can start, or the integers of a trellis; the output's bias taken off where
-    `bias` is given."""
+    of the step, from which finetuning can start, or the integers of a trellis; `by_rows`: a step for each output
+    channel; the output's bias taken off where `bias` is given."""
 
     baseline: Model
     feedback: dict[str, Feedback]
     price: float = PRICE_OF_A_BIT
     trellis: bool = False
+    by_rows: bool = False
     bias: OutputBiasFit | None = None
 
     def smallest(self, metadata: dict) -> int:
@@ -52,15 +53,29 @@ class EntropyCoding:
         def size(stored) -> int:
             return file_bytes(coded_model(self.baseline, stored, metadata))
 
-        left = {name: value * self._gain(name) for name, value in values.items()}
+        ratios = self._row_ratios() if self.by_rows else {}
+        left = {name: value * self._gain(name, ratios) for name, value in values.items()}
         stored = allocation.entropy_coded(
-            self.baseline.state, left, size, limit, self.feedback, self.price, self.trellis
+            self.baseline.state, left, size, limit, self.feedback, self.price, self.trellis, ratios
         )
         return coded_model(self.baseline, stored, metadata)
 
-    def _gain(self, name: str) -> float:
+    def _row_ratios(self) -> dict[str, np.ndarray]:
+        """Of the tensors that have two dimensions or more: by the second moments of rows, where they are known."""
+        ratios = {}
+        for name, (shape, axis) in tensor_shapes(self.baseline.config).items():
+            if len(shape) > 1:
+                rows = shape[axis]
+                of_rows = self.feedback[name].even_scales(rows) if name in self.feedback else np.ones(rows)
+                ratios[name] = along(of_rows, axis, len(shape))
+        return ratios
+
+    def _gain(self, name: str, ratios: dict[str, np.ndarray]) -> float:
         """The share of a weight's error that is left once its neighbours have made good the rest."""
-        return self.feedback[name].gain if name in self.feedback else 1.0
+        if name not in self.feedback:
+            return 1.0
+        feedback = self.feedback[name]
+        return (feedback.with_scales(ratios[name].ravel()) if name in ratios else feedback).gain
 
 
 @dataclass(frozen=True)

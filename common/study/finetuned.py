@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -12,9 +11,7 @@ from common.choose import allocation, rounding
 from common.ddpm.architecture import schedule_of
 from common.errors import UserError
 from common.formats import entropy
-from common.formats.numbers import along
-from common.formats.packed import Model, file_bytes, load_model, save_model, tensor_shapes
-from common.formats.row_steps import Step
+from common.formats.packed import Model, file_bytes, load_model, save_model
 from common.runtime import distributed
 from common.runtime.files import remove
 from common.study.codings import coded_model
@@ -26,12 +23,12 @@ from common.training.finetune_inputs import BATCH, STATES, joined, noised_digits
 
 def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: int, updates: int) -> Model:
     """A model of at most `limit` bytes whose codes, and steps of output channels, were trained to predict what the
-    baseline does. They begin as those of `model`, which has one step for each tensor. Raises BudgetError.
+    baseline does. They begin as those of `model`. Raises BudgetError.
 
     The result is kept, and found by the same command again; the state of the training, ten times as large, goes.
     """
     shapes = {name: tensor.shape for name, tensor in model.state.items()}
-    steps = {name: float(step) for name, step in entropy.steps_of(model.stored, shapes).items()}
+    steps = entropy.steps_of(model.stored, shapes)
     precision, seed = training_precision(run.device), run.training.seed
     more = {"limit": limit, "updates": updates, "device": run.sampling.device}
     key = state_key(baseline.sha256, model.sha256, steps, run.data, seed, precision, **more)
@@ -53,8 +50,7 @@ def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: in
             noised_digits(network, digits, schedule, BATCH - STATES, **of_all),
             sampled_states(network, schedule, digits.shape[1:], STATES, **of_all),
         )
-        start = model.state, by_rows(model, steps)
-        weights, steps = finetune(network, *start, draw, size, limit, updates, precision, state_path)
+        weights, steps = finetune(network, model.state, steps, draw, size, limit, updates, precision, state_path)
         stored = distributed.on_first(lambda: allocation.requantize_to_size(weights, steps, stored_bytes, limit))
         kept = coded_model(baseline, stored, metadata)
         if distributed.rank() == 0:
@@ -62,15 +58,6 @@ def finetuned(run: Run, baseline: Model, model: Model, metadata: dict, limit: in
     if distributed.rank() == 0:
         remove(state_path)
     return kept
-
-
-def by_rows(model: Model, steps: dict[str, float]) -> dict[str, Step]:
-    """`steps`, once for each output channel of the tensors that have two dimensions or more."""
-    return steps | {
-        name: along(np.full(shape[axis], steps[name], np.float32), axis, len(shape))
-        for name, (shape, axis) in tensor_shapes(model.config).items()
-        if len(shape) > 1
-    }
 
 
 def _kept_result(path: Path, metadata: dict) -> Model | None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -36,7 +37,7 @@ RECOUNT_WEIGHTS = 4_000_000  # .. of so many weights: for more, a file takes lon
 SPARE = 0.003  # of the bytes: what the last codes may differ from the ramp
 
 
-def state_key(network: str, weights: str, steps: dict[str, float], data: str, seed: int, precision: str, **more) -> str:
+def state_key(network: str, weights: str, steps: dict[str, Step], data: str, seed: int, precision: str, **more) -> str:
     """64 hexadecimal digits that differ wherever `finetune` would give other weights: a name for its state.
 
     network, weights: hashes of the network's own weights and of those it starts from; data, seed: of its digits; more:
@@ -48,7 +49,8 @@ def state_key(network: str, weights: str, steps: dict[str, float], data: str, se
     method += [finetune_inputs.BATCH, finetune_inputs.STATES, finetune_inputs.SAMPLER, finetune_inputs.STEPS]
     method += [finetune_inputs.IMAGES]
     method += [torch.__version__]
-    of = [network, weights, sorted(steps.items()), data, seed, precision, sorted(more.items()), *method]
+    start = sorted((name, np.ravel(step).tolist()) for name, step in steps.items())
+    of = [network, weights, start, data, seed, precision, sorted(more.items()), *method]
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()
 
 
