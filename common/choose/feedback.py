@@ -72,7 +72,7 @@ class Feedback:
         return self.column_gain * (1.0 if self.by_rows is None else float(self.by_rows.weights.mean()))
 
     def even_scales(self, rows: int) -> np.ndarray:
-        """(rows,): units of rows, of geometric mean 1, in which errors of all weigh alike where none mends another's."""
+        """(rows,): units of rows, of geometric mean 1, in which errors of all weigh alike if none mends another's."""
         if self.by_rows is None:
             return np.ones(rows)
         scales = self.by_rows.second_moments() ** -0.5
