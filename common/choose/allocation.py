@@ -24,6 +24,7 @@ from common.formats.row_steps import Step
 SAMPLED = 20_000  # of a tensor's weights, for a first guess at its entropy
 TOLERANCE = 5e-4  # of a file's size, below what was asked for
 TRIES = 20
+AGAIN_TOLERANCE, AGAIN_TRIES = 2e-3, 4  # of `fit_again`, each of whose tries takes as long as all of those
 WIDTHS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp16", "fp32")
 
 
@@ -202,27 +203,29 @@ def _fit(
     budget: int,
     guess: float,
     highest: float,
+    tolerance: float = TOLERANCE,
+    tries: int = TRIES,
 ) -> dict[str, torch.Tensor] | None:
-    """What the smallest argument of `encode`, up to `highest`, gives whose size fits, to within `TOLERANCE` of the
-    budget or a thousandth of a percent of the argument; None where none was found.
+    """What the smallest argument of `encode`, up to `highest`, gives whose size fits, to within `tolerance` of the
+    budget or a thousandth of a percent of the argument; None where none was found in so many `tries`.
 
     By secants of log size against log argument, from `guess`, within the bracket of what fits and what does not.
     """
     low, high, best, tried = 0.0, highest, None, []
     at = min(guess, highest)
-    for _ in range(TRIES):
+    for _ in range(tries):
         stored = encode(at)
         found = size(stored)
         tried.append((math.log(at), math.log(found)))
         if found <= budget:
             high, best = at, stored
-            if found >= (1 - TOLERANCE) * budget:
+            if found >= (1 - tolerance) * budget:
                 break
         else:
             low = at
         if low and high / low < 1 + 1e-5:
             break
-        at = _next_try(tried, math.log((1 - TOLERANCE / 2) * budget), low, high, bool(best))
+        at = _next_try(tried, math.log((1 - tolerance / 2) * budget), low, high, bool(best))
     return best
 
 
@@ -241,6 +244,14 @@ def _next_try(tried: list[tuple[float, float]], goal: float, low: float, high: f
     if len(tried) % 4 == 0 or not low < at < high:
         return (low * high) ** 0.5
     return at
+
+
+def fit_again(
+    encode: Callable[[float], dict[str, torch.Tensor]], size: Callable[[dict[str, torch.Tensor]], int], budget: int
+) -> dict[str, torch.Tensor] | None:
+    """What `encode` gives for about the smallest factor, near 1, by which steps that were fitted in another way have to
+    grow to keep to `budget` bytes; None where a few tries did not find one."""
+    return _fit(encode, size, budget, 1.0, 2.0, AGAIN_TOLERANCE, AGAIN_TRIES)
 
 
 def requantize_to_size(

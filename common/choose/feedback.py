@@ -211,7 +211,7 @@ def measure_feedback(network: nn.Module, loss: SampleLoss, samples: tuple[torch.
     rows, call by call where a layer is called more than once. With a loss that is `gauss_newton.signed_sum` they are
     sums of blocks of the Gauss-Newton matrix. Every process measures all: a sum of other parts would round otherwise.
     """
-    layers = {name: module for name, module in network.named_modules() if _has_patches(module)}
+    layers = {name: module for name, module in network.named_modules() if has_patches(module)}
     moments: dict[str, list[tuple[np.ndarray, torch.Tensor]]] = {}
     of_rows: dict[str, torch.Tensor] = {}
 
@@ -258,7 +258,7 @@ def _add_products(moment: torch.Tensor, rows: torch.Tensor) -> None:
         moment.addmm_(rows.T, rows)
 
 
-def _has_patches(layer: nn.Module) -> bool:
+def has_patches(layer: nn.Module) -> bool:
     """Whether `patches_of` knows the layer."""
     if isinstance(layer, nn.ConvTranspose2d) and (layer.dilation != (1, 1) or layer.output_padding != (0, 0)):
         return False

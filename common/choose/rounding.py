@@ -10,7 +10,7 @@ from common.choose.feedback import Feedback, no_feedback
 from common.formats import entropy
 from common.formats.entropy import LARGEST_CODE
 from common.formats.row_steps import Step, row_axis, stored_steps
-from common.formats.trellis import NO_TRELLIS, TRELLIS, columns_of
+from common.formats.trellis import NO_TRELLIS, TRELLIS, columns_of, multiples, of_columns
 
 # Steps proportional to 1 / sqrt(F) spend squared error F step^2 / 12 for entropy -log2(step); this is the price of a
 # bit in units of F step^2 at which both move together.
@@ -54,8 +54,21 @@ def encode(
     (`row_steps.stored_steps`)."""
     rounding = Rounding(feedback or {}, price, trellis)
     steps = {name: stored_steps(steps[name]) for name in weights}
-    axes = {name: rounding.axis(name, weight.shape) for name, weight in weights.items()}
-    return entropy.encode(choose_codes(weights, steps, rounding), steps, axes)
+    return store(choose_codes(weights, steps, rounding), steps, rounding)
+
+
+def store(codes: dict[str, np.ndarray], steps: dict[str, Step], rounding: Rounding) -> dict[str, torch.Tensor]:
+    """What a file stores of these codes and of steps that it can say."""
+    axes = {name: rounding.axis(name, of_tensor.shape) for name, of_tensor in codes.items()}
+    return entropy.encode(codes, steps, axes)
+
+
+def decoded(codes: np.ndarray, step: Step, axis: int | None) -> np.ndarray:
+    """The weight, float32, that `codes` stand for; axis: that of its trellis."""
+    if axis is None:
+        return codes.astype(np.float32) * step
+    columns = multiples(columns_of(codes.astype(np.int32), axis), TRELLIS)
+    return of_columns(columns, codes.shape, axis).astype(np.float32) * step
 
 
 def choose_codes(weights: dict[str, torch.Tensor], steps: dict[str, Step], rounding: Rounding) -> dict[str, np.ndarray]:

@@ -28,6 +28,7 @@ from common.study.diffusion_fisher import (
     curvature_metadata,
     curvature_table,
     rounding_feedback,
+    rounding_inputs,
     values_note,
 )
 from common.study.evaluate import Evaluator
@@ -183,7 +184,8 @@ class Maker:
         self.rounding, needed = rounding, coding == "entropy" or rounding == "feedback"
         self.feedback = rounding_feedback(run, baseline) if needed else {}
         self.bias = measure_outputs(run, baseline) if needed else None
-        self._allocator = make_allocator(baseline, coding, self.feedback, rounding, self.bias)
+        self.inputs = rounding_inputs(run, baseline) if coding == "entropy" else None
+        self._allocator = make_allocator(baseline, coding, self.feedback, rounding, self.bias, self.inputs)
 
     def metadata(self, asked: str, variant: str | None = None, **more) -> dict:
         more |= {} if self.rounding == "nearest" else {"rounding": self.rounding}

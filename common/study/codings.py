@@ -10,9 +10,10 @@ import torch
 
 from common.choose import allocation
 from common.choose.allocation import WIDTHS, BudgetError, fixed_formats
+from common.choose.asymmetric import encode_in_turn
 from common.choose.feedback import Feedback
 from common.choose.fixed_rounding import FixedRounding
-from common.choose.rounding import PRICE_OF_A_BIT
+from common.choose.rounding import PRICE_OF_A_BIT, Rounding
 from common.formats import entropy
 from common.formats.numbers import along, stored_bytes
 from common.formats.packed import Model, Quantizer, file_bytes, tensor_shapes
@@ -33,13 +34,15 @@ class Allocator(Protocol):
 class EntropyCoding:
     """Steps by Fisher values, rounded by `feedback` at a `price` of a bit (in squared steps), entropy-coded; multiples
     of the step, from which finetuning can start, or the integers of a trellis; `by_rows`: a step for each output
-    channel; the output's bias taken off where `bias` is given."""
+    channel; `inputs`: what the network is called with where layers are rounded one after the other
+    (`common.choose.asymmetric`); the output's bias taken off where `bias` is given."""
 
     baseline: Model
     feedback: dict[str, Feedback]
     price: float = PRICE_OF_A_BIT
     trellis: bool = False
     by_rows: bool = False
+    inputs: tuple[torch.Tensor, ...] | None = None
     bias: OutputBiasFit | None = None
 
     def smallest(self, metadata: dict) -> int:
@@ -58,7 +61,21 @@ class EntropyCoding:
         stored = allocation.entropy_coded(
             self.baseline.state, left, size, limit, self.feedback, self.price, self.trellis, ratios
         )
+        if self.inputs is not None:
+            stored = allocation.fit_again(self._in_turn(stored), size, limit) or stored
         return coded_model(self.baseline, stored, metadata)
+
+    def _in_turn(self, stored: dict[str, torch.Tensor]) -> Callable[[float], dict[str, torch.Tensor]]:
+        """encode(factor): layers rounded one after the other, with the steps of what is `stored` times a factor."""
+        weights = self.baseline.state
+        steps = entropy.steps_of(stored, {name: weight.shape for name, weight in weights.items()})
+        network = self.baseline.network().to(self.inputs[0].device)
+        how = Rounding(self.feedback, self.price, self.trellis)
+
+        def encode(factor: float) -> dict[str, torch.Tensor]:
+            return encode_in_turn(network, self.inputs, weights, {n: s * factor for n, s in steps.items()}, how)
+
+        return encode
 
     def _row_ratios(self) -> dict[str, np.ndarray]:
         """Of the tensors that have two dimensions or more: by the second moments of rows, where they are known."""
@@ -155,7 +172,9 @@ def make_allocator(
     feedback: dict[str, Feedback],
     rounding: str = "nearest",
     bias: OutputBiasFit | None = None,
+    inputs: tuple[torch.Tensor, ...] | None = None,
 ) -> Allocator:
+    """inputs: for entropy coding alone."""
     if coding == "entropy":
-        return EntropyCoding(baseline, feedback, bias=bias)
+        return EntropyCoding(baseline, feedback, inputs=inputs, bias=bias)
     return FixedWidths(baseline, FixedRounding(rounding, feedback), bias)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from common.choose.asymmetric import bytes_of_inputs
 from common.choose.feedback import Feedback, measure_feedback
 from common.ddpm.architecture import schedule_of
 from common.ddpm.digits import to_model_range
@@ -22,6 +23,7 @@ from common.study.run import Run
 
 FISHER_GRID = 20  # timesteps, at the centres of equal parts of 0..T-1
 FISHER_SEED = 0
+INPUTS, INPUT_BYTES = 512, 2**30  # of digits whose inputs to all layers are in memory at a time, the most there are
 
 
 def curvature_table(run: Run, model: Model) -> information.FisherTable:
@@ -119,12 +121,27 @@ def rounding_feedback(run: Run, model: Model) -> dict[str, Feedback]:
     """What rounding by feedback needs to know of the baseline's weights, from real digits: blocks of the Gauss-Newton
     matrix of the predicted noise. Timesteps lie as densely as they weigh in the finished image.
     """
-    schedule, n = schedule_of(model.config, run.device), run.preset.fisher_digits
-    timesteps = schedule.timesteps_at((torch.arange(n) + 0.5) / n, variance=run.image_variance)
-    network = model.network().to(run.device)
-    samples = noised(run, run.load_images("train"), timesteps.tolist())
+    schedule, network = schedule_of(model.config, run.device), model.network().to(run.device)
+    samples = _samples_as_they_weigh(run, schedule, run.preset.fisher_digits)
     signs = random_signs(samples[-1].shape, derive_seed(FISHER_SEED, "signs of feedback")).to(run.device)
     return measure_feedback(network, _signed_noise(schedule), (*samples, signs))
+
+
+def rounding_inputs(run: Run, model: Model) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x, t): real digits, noised, timesteps as those of `rounding_feedback`, for rounding layer after layer."""
+    schedule, network = schedule_of(model.config, run.device), model.network().to(run.device)
+
+    def inputs(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x0, t, noise = _samples_as_they_weigh(run, schedule, n)
+        return schedule.add_noise(x0, t, noise), t
+
+    return inputs(max(1, min(INPUTS, INPUT_BYTES // bytes_of_inputs(network, inputs(1)))))
+
+
+def _samples_as_they_weigh(run: Run, schedule: Schedule, n: int) -> tuple[torch.Tensor, ...]:
+    """So many of `noised`, whose timesteps lie as densely as they weigh in the finished image."""
+    timesteps = schedule.timesteps_at((torch.arange(n) + 0.5) / n, variance=run.image_variance)
+    return noised(run, run.load_images("train"), timesteps.tolist())
 
 
 def training_digits(run: Run) -> torch.Tensor:

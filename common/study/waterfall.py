@@ -39,14 +39,19 @@ def models(
     """
     require_reachable(run, baseline, "entropy", limits)
     maker, digits = Maker(run, baseline, "entropy"), held_out(run, baseline)
-    whole = EntropyCoding(baseline, maker.feedback, bias=maker.bias)
+    whole = EntropyCoding(baseline, maker.feedback, inputs=maker.inputs, bias=maker.bias)
+    on_exact_inputs = replace(whole, inputs=None)
     columns_alone = {name: replace(feedback, by_rows=None) for name, feedback in maker.feedback.items()}
     parts = {
         "nearest": (EntropyCoding(baseline, {}, price=0.0), maker.values),
         "no feedback": (EntropyCoding(baseline, {}), maker.values),
         "by columns": (EntropyCoding(baseline, columns_alone), maker.values),
-        "no output bias": (replace(whole, bias=None), maker.values),
-        "no contrast": (replace(whole, bias=maker.bias and replace(maker.bias, contrast=False)), maker.values),
+        "no output bias": (replace(on_exact_inputs, bias=None), maker.values),
+        "no contrast": (
+            replace(on_exact_inputs, bias=maker.bias and replace(maker.bias, contrast=False)),
+            maker.values,
+        ),
+        "exact inputs": (on_exact_inputs, maker.values),
         None: (whole, maker.values),
         "trellis": (replace(whole, trellis=True), maker.values),
     }

@@ -1,0 +1,169 @@
+"""Rounding layer after layer, each so that its output is the exact one although its inputs no longer are.
+
+A layer of weight W has exact inputs X and others, X', once the layers before it are rounded. What is rounded is the V
+for which V X' is nearest to W X: so each layer makes good what those before it did, as far as its own inputs tell
+("asymmetric calibration", Li et al. 2025, "GPTAQ: Efficient finetuning-free quantization for asymmetric calibration",
+ICML, arXiv 2504.02692). What is left of the mean goes into the layer's bias (Nagel et al. 2019, "Data-free quantization
+through weight equalization and bias correction").
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from common.choose.feedback import has_patches, patches_of
+from common.choose.rounding import Rounding, choose_codes, decoded, store
+from common.formats.entropy import LARGEST_CODE
+from common.formats.row_steps import Step, stored_steps
+
+DAMPING = 0.1  # of the mean second moment of inputs, added to each: V stays near W where few inputs speak for another
+PLACES = 64  # of each image and layer: outputs whose inputs are looked at
+CHUNK = 64  # images
+
+
+def encode_in_turn(
+    network: nn.Module,
+    samples: tuple[torch.Tensor, ...],
+    weights: dict[str, torch.Tensor],
+    steps: dict[str, Step],
+    rounding: Rounding,
+) -> dict[str, torch.Tensor]:
+    """What a file stores of `weights`, the parameters of `network`, rounded to multiples of `steps`: the layers that
+    have feedback one after the other, as the network calls them on `samples`. Raises ValueError as `choose_codes`."""
+    steps = {name: stored_steps(steps[name]) for name in weights}
+    return store(_codes_in_turn(network, samples, weights, steps, rounding), steps, rounding)
+
+
+@torch.inference_mode()
+def bytes_of_inputs(network: nn.Module, samples: tuple[torch.Tensor, ...]) -> int:
+    """What `encode_in_turn` keeps at a time for these samples, at most."""
+    layers = {name: module for name, module in network.named_modules() if has_patches(module)}
+    sizes = {}
+    with _before_calls(layers, lambda name, x: sizes.setdefault(name, x.nbytes)):
+        network(*samples)
+    return sum(sizes.values())
+
+
+@torch.inference_mode()
+def _codes_in_turn(
+    network: nn.Module,
+    samples: tuple[torch.Tensor, ...],
+    weights: dict[str, torch.Tensor],
+    steps: dict[str, Step],
+    rounding: Rounding,
+) -> dict[str, np.ndarray]:
+    layers = {name: layer for name, layer in network.named_modules() if f"{name}.weight" in rounding.feedback}
+    exact: dict[str, torch.Tensor] = {}
+    with _before_calls(layers, lambda name, x: exact.setdefault(name, x)):
+        network(*samples)
+    called = {f"{name}.weight" for name in exact}
+    rounded = copy.deepcopy(network)
+    parameters, layers = dict(rounded.named_parameters()), {name: rounded.get_submodule(name) for name in exact}
+    codes: dict[str, np.ndarray] = {}
+
+    def settle(more: dict[str, np.ndarray]) -> None:
+        """From here on the network has what these codes stand for."""
+        codes.update(more)
+        for name, of in more.items():
+            parameters[name].copy_(torch.from_numpy(decoded(of, steps[name], rounding.axis(name, of.shape))))
+
+    def visit(name: str, x: torch.Tensor) -> None:
+        if name not in exact:  # an earlier call has settled it
+            return
+        weight, bias, feedback = f"{name}.weight", f"{name}.bias", rounding.feedback[f"{name}.weight"]
+        seen = _look(layers[name], exact.pop(name), x)
+        rows = feedback.rows(weights[weight].double().cpu()).numpy()
+        target = feedback.weight(_compensated(rows, seen), weights[weight].shape)
+        largest = LARGEST_CODE * np.asarray(steps[weight], np.float64)
+        target = torch.from_numpy(np.clip(target, -largest, largest))
+        settle(choose_codes({weight: target}, {weight: steps[weight]}, rounding))
+        if bias in weights:
+            now = feedback.rows(parameters[weight].double().cpu()).numpy()
+            found = weights[bias].double().cpu().numpy() + _mean_lack(rows, now, seen)
+            settle({bias: np.rint(found / steps[bias]).clip(-LARGEST_CODE, LARGEST_CODE).astype(np.int64)})
+
+    settle(choose_codes({n: w for n, w in weights.items() if n not in called}, steps, rounding))
+    with _before_calls(layers, visit):
+        rounded(*samples)
+    return {name: codes[name] for name in weights}
+
+
+@contextmanager
+def _before_calls(layers: dict[str, nn.Module], visit: Callable[[str, torch.Tensor], object]) -> Iterator[None]:
+    """visit(name, input) before each call of one of the layers, inside."""
+
+    def hook(name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        visit(name, inputs[0])
+
+    hooks = [layer.register_forward_pre_hook(partial(hook, name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for of_layer in hooks:
+            of_layer.remove()
+
+
+@dataclass
+class _Inputs:
+    """Of the `columns` (K,) that outputs see together, sums over `count` outputs: of products of the inputs that there
+    are (K, K), and of the exact ones less these with these; and of each input, (K,)."""
+
+    columns: np.ndarray
+    found: torch.Tensor
+    lacking: torch.Tensor
+    exact_sum: torch.Tensor
+    found_sum: torch.Tensor
+    count: int = field(default=0)
+
+
+def _look(layer: nn.Module, exact: torch.Tensor, found: torch.Tensor) -> list[_Inputs]:
+    """What the layer's exact inputs (N, ...) and those that there are say of each other, at some of its outputs."""
+    seen: list[_Inputs] = []
+    generator = torch.Generator().manual_seed(0)
+    chosen: list[torch.Tensor] = []
+    for of_exact, of_found in zip(exact.split(CHUNK), found.split(CHUNK), strict=True):
+        pairs = zip(patches_of(layer, of_exact), patches_of(layer, of_found), strict=True)
+        for i, ((columns, _, wanted), (_, _, there)) in enumerate(pairs):
+            if len(seen) == i:
+                size = len(columns)
+                zeros = (
+                    wanted.new_zeros(shape, dtype=torch.float64) for shape in ((size, size), (size, size), size, size)
+                )
+                seen.append(_Inputs(columns, *zeros))
+                chosen.append(torch.randperm(wanted.shape[2], generator=generator)[:PLACES].to(wanted.device))
+            a, b = (of[:, :, chosen[i]].float().transpose(1, 2).flatten(0, 1) for of in (wanted, there))  # (N P, K)
+            inputs = seen[i]
+            inputs.found += b.T @ b
+            inputs.lacking += (a - b).T @ b
+            inputs.exact_sum += a.sum(0)
+            inputs.found_sum += b.sum(0)
+            inputs.count += len(a)
+    return seen
+
+
+def _compensated(rows: np.ndarray, seen: list[_Inputs]) -> np.ndarray:
+    """V for the weight W = rows (R, K): W + W L (M + d I)^-1, with M and L the second moments of what inputs there are,
+    and of what they lack with these."""
+    result = rows.copy()
+    for inputs in seen:
+        damping = DAMPING * float(inputs.found.diagonal().mean())
+        if damping > 0:
+            moment = inputs.found + damping * torch.eye(len(inputs.found)).to(inputs.found)
+            change = torch.linalg.solve(moment, inputs.lacking.T).T.cpu().numpy()
+            result[:, inputs.columns] += rows[:, inputs.columns] @ change
+    return result
+
+
+def _mean_lack(rows: np.ndarray, rounded: np.ndarray, seen: list[_Inputs]) -> np.ndarray:
+    """(R,): what the outputs of `rounded` lack on average."""
+    total = np.zeros(len(rows))
+    for inputs in seen:
+        exact, found = inputs.exact_sum.cpu().numpy(), inputs.found_sum.cpu().numpy()
+        total += rows[:, inputs.columns] @ exact - rounded[:, inputs.columns] @ found
+    return total / max(1, sum(inputs.count for inputs in seen))
