@@ -12,7 +12,8 @@ from common.study.rows import ResultStore
 from common.study.run import preset_checkpoint
 
 PARTS = (
-    ", nearest", ", no feedback", ", by columns", ", no output bias", ", no contrast", "",
+    ", nearest", ", no feedback", ", by columns", ", no output bias", ", no contrast",
+    ", exact inputs", "",
     ", trellis", ", Gauss-Newton", ", unweighted", ", magnitude",
 )  # fmt: skip
 
@@ -46,7 +47,7 @@ def test_each_part_is_a_row_of_the_same_size(call, capfd, monkeypatch):
         assert load_model(row.file).sha256 == row.weights
     assert len({row.weights for row in rows}) == len(PARTS)
     (budget,) = [r for r in call("layer_budget", "--times", 6) if r.label == "Budget 6x (entropy)"]
-    assert budget.weights == rows[5].weights and budget.loss_increase == rows[5].loss_increase
+    assert budget.weights == rows[6].weights and budget.loss_increase == rows[6].loss_increase
 
 
 def test_a_size_that_cannot_be_reached_is_said_before_any_work(call, monkeypatch, tmp_path):

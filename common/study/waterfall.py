@@ -4,8 +4,9 @@
 
 At each size, steps follow from Fisher information, and each row adds one part: codes rounded to the nearest
 ("nearest"); codes chosen by error and bits together ("no feedback"); feedback from column to column ("by columns");
-feedback from row to row too ("no output bias"); the output's bias subtracted ("no contrast"); and its contrast
-corrected, which is all of layer_budget.py.
+feedback from row to row too ("no output bias"); the output's bias subtracted ("no contrast"); its contrast corrected
+("exact inputs"); and each layer rounded for the inputs that the rounded layers before it leave, in place of FP32's
+exact ones, which is all of layer_budget.py.
 
 Further rows have all parts and a trellis ("trellis"), or all parts with steps by something else: Gauss-Newton values,
 mean squared weights ("magnitude"), or the same value for all tensors ("unweighted"). --finetune N adds a row with codes
