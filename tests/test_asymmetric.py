@@ -97,6 +97,20 @@ def test_the_mean_that_outputs_lack_is_that_of_the_layer_itself(kind):
     assert _mean_lack(rows, rounded, _look(layer, exact, found)) == pytest.approx(expected.numpy(), abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_some_places_stand_for_all_and_are_the_same_in_each_chunk(kind, monkeypatch):
+    layer, shape = LAYERS[kind]
+    exact, found = torch.randn(shape), torch.randn(shape)
+    monkeypatch.setattr(asymmetric, "PLACES", 3)
+    whole = _look(layer, exact, found)
+    monkeypatch.setattr(asymmetric, "CHUNK", 2)
+    chunks = _look(layer, exact, found)
+    for a, b in zip(whole, chunks, strict=True):
+        assert a.count == b.count == 3 * shape[0]
+        for of in ("found", "lacking", "exact_sum", "found_sum"):
+            assert torch.allclose(getattr(a, of), getattr(b, of), atol=1e-4), of
+
+
 def test_a_layer_with_exact_inputs_is_rounded_as_it_is_and_outputs_come_nearer():
     network, x = convolutions(), images(64)
     weights = weights_of(network)
@@ -152,7 +166,7 @@ def test_a_layer_that_is_called_twice_is_rounded_once_and_one_that_is_not_called
 
 
 @pytest.mark.parametrize("trellis", [False, True])
-def test_the_network_goes_on_with_what_the_file_says(trellis):
+def test_codes_are_decoded_as_the_file_has_them(trellis):
     network = network_of(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16))
     weights = weights_of(network)
     steps = {name: 0.1 * np.exp2(np.arange(16) / 8)[:, None] if w.dim() > 1 else 0.01 for name, w in weights.items()}
@@ -172,6 +186,19 @@ def test_no_code_passes_the_largest_where_steps_are_as_fine_as_can_be():
     stored = encode_in_turn(network, (x,), weights, steps, Rounding(feedback_of(network)))
     read = entropy.decode(stored, {name: w.shape for name, w in weights.items()})
     assert all(bool(weight.isfinite().all()) for weight in read.values())
+
+
+def test_a_bias_of_zero_whose_steps_are_nothing_stays_zero():
+    network, x = convolutions(), images(16)
+    nn.init.zeros_(network[2].bias)
+    weights = weights_of(network)
+    steps = {name: 0.3 if weight.dim() > 1 else 0.01 for name, weight in weights.items()} | {"2.bias": 3e-30}
+    stored = encode_in_turn(network, (x,), weights, steps, Rounding(feedback_of(network)))
+    assert not entropy.decode(stored, {name: w.shape for name, w in weights.items()})["2.bias"].any()
+
+
+def test_a_weight_of_no_dimension_is_decoded_as_an_array():
+    assert decoded(np.array(3), 0.5, None).shape == () and decoded(np.array(3), 0.5, None) == np.float32(1.5)
 
 
 def test_the_bytes_of_inputs_are_those_of_all_layers():

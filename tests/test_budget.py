@@ -257,6 +257,28 @@ def test_twenty_sizes_from_the_smallest_to_fp32_are_kept_to(tiny_network, coding
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-3 * errors[0]
 
 
+def test_layers_rounded_in_turn_keep_to_sizes_from_the_smallest_to_fp32(tiny_network, capsys):
+    baseline = full_precision(tiny_network.config, tiny_network.state_dict(), {})
+    layers = {n: m for n, m in tiny_network.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)}
+    feedback = {f"{name}.weight": no_feedback(layer.weight.shape) for name, layer in layers.items()}
+    inputs = (torch.randn(4, 1, 32, 32), torch.tensor([10, 200, 500, 900]))
+    coding = EntropyCoding(baseline, feedback, inputs=inputs)
+    least, most = coding.smallest({"label": "m"}), int(baseline.size_mib() * MIB)
+    for limit in np.geomspace(least, most, 5).astype(int).tolist():
+        model = coding.fit(limit, dict.fromkeys(baseline.state, 1.0), {"label": "m"})
+        assert file_bytes(model) <= limit and all(w.isfinite().all() for w in model.state.values())
+    assert capsys.readouterr().err.count("m: so small a file is rounded for FP32's inputs") <= 1
+
+
+def test_a_second_fit_keeps_to_the_budget_or_finds_none():
+    def encode(factor):
+        return {"codes": torch.zeros(int(1000 * factor**-0.7), dtype=torch.uint8)}
+
+    for budget in (970, 1000, 1030):
+        assert 0.99 * budget < nbytes(allocation.fit_again(encode, nbytes, budget)) <= budget
+    assert allocation.fit_again(lambda factor: encode(0.1), nbytes, 1000) is None
+
+
 def test_steps_of_channels_follow_the_second_moments_of_their_gradients(tiny_network):
     baseline = full_precision(tiny_network.config, tiny_network.state_dict(), {})
     names = [name for name, (shape, axis) in tensor_shapes(baseline.config).items() if len(shape) == 4 and axis == 1]

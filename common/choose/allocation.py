@@ -24,7 +24,7 @@ from common.formats.row_steps import Step
 SAMPLED = 20_000  # of a tensor's weights, for a first guess at its entropy
 TOLERANCE = 5e-4  # of a file's size, below what was asked for
 TRIES = 20
-AGAIN_TOLERANCE, AGAIN_TRIES = 2e-3, 4  # of `fit_again`, each of whose tries takes as long as all of those
+AGAIN_TOLERANCE, AGAIN_TRIES = 2e-3, 4  # of `fit_again`, one of whose tries takes about as long as a whole first fit
 WIDTHS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp16", "fp32")
 
 
@@ -146,7 +146,7 @@ def entropy_coded(
     def steps_of(factor: float) -> dict[str, Step]:
         steps = {}
         for name, w in largest.items():
-            finest, all_zero = 1.01 * w / entropy.LARGEST_CODE, 3 * w
+            finest, all_zero = finest_step(w), 3 * w
             step = factor / values[name] ** 0.5 if values[name] > 0 else all_zero
             steps[name] = np.clip(step * relative[name], finest, all_zero)
         return steps
@@ -246,11 +246,16 @@ def _next_try(tried: list[tuple[float, float]], goal: float, low: float, high: f
     return at
 
 
+def finest_step(largest: float) -> float:
+    """The least step, of a tensor whose weights reach `largest`, whose codes a file can hold."""
+    return 1.01 * largest / entropy.LARGEST_CODE
+
+
 def fit_again(
     encode: Callable[[float], dict[str, torch.Tensor]], size: Callable[[dict[str, torch.Tensor]], int], budget: int
 ) -> dict[str, torch.Tensor] | None:
-    """What `encode` gives for about the smallest factor, near 1, by which steps that were fitted in another way have to
-    grow to keep to `budget` bytes; None where a few tries did not find one."""
+    """What `encode` gives for about the smallest factor, near 1, of steps that were fitted in another way, with which
+    it keeps to `budget` bytes; None where a few tries did not find one."""
     return _fit(encode, size, budget, 1.0, 2.0, AGAIN_TOLERANCE, AGAIN_TRIES)
 
 

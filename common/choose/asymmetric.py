@@ -64,14 +64,14 @@ def _codes_in_turn(
         network(*samples)
     called = {f"{name}.weight" for name in exact}
     rounded = copy.deepcopy(network)
-    parameters, layers = dict(rounded.named_parameters()), {name: rounded.get_submodule(name) for name in exact}
+    state, layers = rounded.state_dict(), {name: rounded.get_submodule(name) for name in exact}
     codes: dict[str, np.ndarray] = {}
 
     def settle(more: dict[str, np.ndarray]) -> None:
         """From here on the network has what these codes stand for."""
         codes.update(more)
         for name, of in more.items():
-            parameters[name].copy_(torch.from_numpy(decoded(of, steps[name], rounding.axis(name, of.shape))))
+            state[name].copy_(torch.from_numpy(decoded(of, steps[name], rounding.axis(name, of.shape))))
 
     def visit(name: str, x: torch.Tensor) -> None:
         if name not in exact:  # an earlier call has settled it
@@ -84,9 +84,10 @@ def _codes_in_turn(
         target = torch.from_numpy(np.clip(target, -largest, largest))
         settle(choose_codes({weight: target}, {weight: steps[weight]}, rounding))
         if bias in weights:
-            now = feedback.rows(parameters[weight].double().cpu()).numpy()
-            found = weights[bias].double().cpu().numpy() + _mean_lack(rows, now, seen)
-            settle({bias: np.rint(found / steps[bias]).clip(-LARGEST_CODE, LARGEST_CODE).astype(np.int64)})
+            now = feedback.rows(state[weight].double().cpu()).numpy()
+            found = (weights[bias].double().cpu().numpy() + _mean_lack(rows, now, seen)) / steps[bias]
+            if abs(found).max() <= LARGEST_CODE:  # beyond it, steps are those of a bias that is not there: it stays so
+                settle({bias: np.rint(found).astype(np.int64)})
 
     settle(choose_codes({n: w for n, w in weights.items() if n not in called}, steps, rounding))
     with _before_calls(layers, visit):

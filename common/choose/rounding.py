@@ -66,7 +66,7 @@ def store(codes: dict[str, np.ndarray], steps: dict[str, Step], rounding: Roundi
 def decoded(codes: np.ndarray, step: Step, axis: int | None) -> np.ndarray:
     """The weight, float32, that `codes` stand for; axis: that of its trellis."""
     if axis is None:
-        return codes.astype(np.float32) * step
+        return np.asarray(codes.astype(np.float32) * step)
     columns = multiples(columns_of(codes.astype(np.int32), axis), TRELLIS)
     return of_columns(columns, codes.shape, axis).astype(np.float32) * step
 

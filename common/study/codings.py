@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from common.choose import allocation
 from common.choose.allocation import WIDTHS, BudgetError, fixed_formats
@@ -62,7 +63,10 @@ class EntropyCoding:
             self.baseline.state, left, size, limit, self.feedback, self.price, self.trellis, ratios
         )
         if self.inputs is not None:
-            stored = allocation.fit_again(self._in_turn(stored), size, limit) or stored
+            in_turn = allocation.fit_again(self._in_turn(stored), size, limit)
+            if in_turn is None:
+                tqdm.write(f"{metadata['label']}: so small a file is rounded for FP32's inputs to all layers")
+            stored = in_turn or stored
         return coded_model(self.baseline, stored, metadata)
 
     def _in_turn(self, stored: dict[str, torch.Tensor]) -> Callable[[float], dict[str, torch.Tensor]]:
@@ -72,8 +76,11 @@ class EntropyCoding:
         network = self.baseline.network().to(self.inputs[0].device)
         how = Rounding(self.feedback, self.price, self.trellis)
 
+        finest = {name: allocation.finest_step(float(weight.abs().max())) for name, weight in weights.items()}
+
         def encode(factor: float) -> dict[str, torch.Tensor]:
-            return encode_in_turn(network, self.inputs, weights, {n: s * factor for n, s in steps.items()}, how)
+            changed = {name: np.maximum(step * factor, finest[name]) for name, step in steps.items()}
+            return encode_in_turn(network, self.inputs, weights, changed, how)
 
         return encode
 
