@@ -65,7 +65,9 @@ class EntropyCoding:
         if self.inputs is not None:
             in_turn = allocation.fit_again(self._in_turn(stored), size, limit)
             if in_turn is None:
-                tqdm.write(f"{metadata['label']}: so small a file is rounded for FP32's inputs to all layers")
+                tqdm.write(
+                    f"{metadata['label']}: it did not fit layer after layer, so all are rounded for FP32's inputs"
+                )
             stored = in_turn or stored
         return coded_model(self.baseline, stored, metadata)
 
