@@ -8,9 +8,9 @@
 
 An error dw of a weight counts as F dw^2, with F the Fisher information of its tensor. This ranks tensors. It does not
 predict the increase of the loss; the values of --curvature gauss-newton do. --coding entropy rounds each tensor to
-multiples of a step proportional to 1 / sqrt(F), compensates each error in the weights and layers that are rounded later,
-and entropy-codes the result. --coding fixed gives each tensor one of fp32, fp16 and int8 to int2, the choice of least error
-within the size; --rounding says how it rounds. The size is that of the whole file, headers included.
+multiples of a step proportional to 1 / sqrt(F), compensates each error in the weights and layers that are rounded
+later, and entropy-codes the result. --coding fixed gives each tensor one of fp32, fp16 and int8 to int2, the choice of
+least error within the size; --rounding says how it rounds. The size is that of the whole file, headers included.
 """
 
 from common.errors import run_main
