@@ -23,7 +23,7 @@ from common.study.run import Run
 
 FISHER_GRID = 20  # timesteps, at the centres of equal parts of 0..T-1
 FISHER_SEED = 0
-INPUTS, INPUT_BYTES = 512, 2**30
+INPUT_BYTES = 2**30
 
 
 def curvature_table(run: Run, model: Model) -> information.FisherTable:
@@ -128,16 +128,16 @@ def rounding_feedback(run: Run, model: Model) -> dict[str, Feedback]:
 
 
 def rounding_inputs(run: Run, model: Model) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x, t): real digits, noised, timesteps as those of `rounding_feedback`, for rounding layer after layer: at most
-    INPUTS, of which there are, and whose inputs to all layers take at most INPUT_BYTES."""
+    """(x, t): real digits, noised, timesteps as those of `rounding_feedback`, for rounding layer after layer; as many
+    as there, or as have inputs to all layers of INPUT_BYTES."""
     schedule, network = schedule_of(model.config, run.device), model.network().to(run.device)
 
     def inputs(n: int) -> tuple[torch.Tensor, torch.Tensor]:
         x0, t, noise = _samples_as_they_weigh(run, schedule, n)
         return schedule.add_noise(x0, t, noise), t
 
-    count = min(INPUTS, len(run.load_images("train")), INPUT_BYTES // bytes_of_inputs(network, inputs(1)))
-    return inputs(max(1, count))
+    fit = INPUT_BYTES // bytes_of_inputs(network, inputs(1))
+    return inputs(max(1, min(run.preset.fisher_digits, fit)))
 
 
 def _samples_as_they_weigh(run: Run, schedule: Schedule, n: int) -> tuple[torch.Tensor, ...]:
