@@ -133,9 +133,9 @@ def entropy_coded(
 
     size: the bytes of what is stored; feedback: of the weights that are rounded by it; price: of a bit, in squared
     steps; trellis: whether weights are coded by one; ratios: of the steps of rows to the step of all, for weights that
-    have steps by rows. At high resolution the least sum of F step^2 / 12 for its entropy
-    has steps proportional to 1 / sqrt(F), so one factor remains to be found. Tensors of value zero, which the loss does
-    not reach, become zero. Raises BudgetError, and UserError where a value is not finite.
+    have steps by rows. At high resolution the least sum of F step^2 / 12 for its entropy has steps proportional to
+    1 / sqrt(F), so one factor remains to be found. Tensors of value zero, which the loss does not reach, become zero.
+    Raises BudgetError, and UserError where a value is not finite.
     """
     _require_finite(values)
     largest = {name: max(1e-30, float(weight.abs().max())) for name, weight in weights.items()}

@@ -10,7 +10,7 @@ through weight equalization and bias correction").
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -37,30 +37,9 @@ def encode_in_turn(
     """What a file stores of `weights`, the parameters of `network`, rounded to multiples of `steps`: the layers that
     have feedback one after the other, as the network calls them on `samples`. Raises ValueError as `choose_codes`."""
     steps = {name: stored_steps(steps[name]) for name in weights}
-    return store(_codes_in_turn(network, samples, weights, steps, rounding), steps, rounding)
-
-
-@torch.inference_mode()
-def bytes_of_inputs(network: nn.Module, samples: tuple[torch.Tensor, ...]) -> int:
-    """What `encode_in_turn` keeps at a time for these samples, at most."""
-    layers = {name: module for name, module in network.named_modules() if has_patches(module)}
-    sizes = {}
-    with _before_calls(layers, lambda name, x: sizes.setdefault(name, x.nbytes)):
-        network(*samples)
-    return sum(sizes.values())
-
-
-@torch.inference_mode()
-def _codes_in_turn(
-    network: nn.Module,
-    samples: tuple[torch.Tensor, ...],
-    weights: dict[str, torch.Tensor],
-    steps: dict[str, Step],
-    rounding: Rounding,
-) -> dict[str, np.ndarray]:
     layers = {name: layer for name, layer in network.named_modules() if f"{name}.weight" in rounding.feedback}
     exact: dict[str, torch.Tensor] = {}
-    with _before_calls(layers, lambda name, x: exact.setdefault(name, x)):
+    with torch.inference_mode(), _before_calls(layers, lambda name, x: exact.setdefault(name, x)):
         network(*samples)
     called = {f"{name}.weight" for name in exact}
     rounded = copy.deepcopy(network)
@@ -90,9 +69,19 @@ def _codes_in_turn(
                 settle({bias: np.rint(found).astype(np.int64)})
 
     settle(choose_codes({n: w for n, w in weights.items() if n not in called}, steps, rounding))
-    with _before_calls(layers, visit):
+    with torch.inference_mode(), _before_calls(layers, visit):
         rounded(*samples)
-    return {name: codes[name] for name in weights}
+    return store({name: codes[name] for name in weights}, steps, rounding)
+
+
+@torch.inference_mode()
+def bytes_of_inputs(network: nn.Module, samples: tuple[torch.Tensor, ...]) -> int:
+    """What `encode_in_turn` keeps at a time for these samples, at most."""
+    layers = {name: module for name, module in network.named_modules() if has_patches(module)}
+    sizes = {}
+    with _before_calls(layers, lambda name, x: sizes.setdefault(name, x.nbytes)):
+        network(*samples)
+    return sum(sizes.values())
 
 
 @contextmanager
@@ -120,7 +109,7 @@ class _Inputs:
     lacking: torch.Tensor
     exact_sum: torch.Tensor
     found_sum: torch.Tensor
-    count: int = field(default=0)
+    count: int = 0
 
 
 def _look(layer: nn.Module, exact: torch.Tensor, found: torch.Tensor) -> list[_Inputs]:

@@ -77,7 +77,6 @@ class EntropyCoding:
         steps = entropy.steps_of(stored, {name: weight.shape for name, weight in weights.items()})
         network = self.baseline.network().to(self.inputs[0].device)
         how = Rounding(self.feedback, self.price, self.trellis)
-
         finest = {name: allocation.finest_step(float(weight.abs().max())) for name, weight in weights.items()}
 
         def encode(factor: float) -> dict[str, torch.Tensor]:
