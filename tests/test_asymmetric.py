@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from common.choose import asymmetric, rounding
-from common.choose.asymmetric import DAMPING, _compensated, _look, _mean_lack, bytes_of_inputs, encode_in_turn
+from common.choose.asymmetric import DAMPING, _compensated, _look, _mean_lack, encode_in_turn, exact_inputs
 from common.choose.feedback import no_feedback
+from common.choose.patches import patches_of
 from common.choose.rounding import Rounding, decoded
 from common.formats import entropy
 from common.formats.coder import LARGEST_CODE
@@ -38,6 +39,11 @@ def convolutions():
 
 def weights_of(network):
     return {name: parameter.detach() for name, parameter in network.named_parameters()}
+
+
+def round_in_turn(network, x, steps, how):
+    """What is stored."""
+    return encode_in_turn(network, (x,), exact_inputs(network, (x,)), weights_of(network), steps, how)
 
 
 def feedback_of(network):
@@ -74,7 +80,7 @@ def test_what_is_rounded_is_the_least_squares_solution(kind):
     for i, of in enumerate(seen):
         x, y = (
             patches.transpose(1, 2).flatten(0, 1).double().numpy()
-            for patches in (list(asymmetric.patches_of(layer, inputs))[i][2] for inputs in (exact, found))
+            for patches in (list(patches_of(layer, inputs))[i][2] for inputs in (exact, found))
         )
         own = rows[:, of.columns]
         damping = DAMPING * np.square(y).sum(0).mean()
@@ -117,7 +123,7 @@ def test_a_layer_with_exact_inputs_is_rounded_as_it_is_and_outputs_come_nearer()
     steps = {name: 0.3 if weight.dim() > 1 else 0.01 for name, weight in weights.items()}
     how = Rounding(feedback_of(network), price=0.0)
     plain = rounding.encode(weights, steps, how.feedback, how.price)
-    stored = encode_in_turn(network, (x,), weights, steps, how)
+    stored = round_in_turn(network, x, steps, how)
     read, before = (entropy.decode(of, {n: w.shape for n, w in weights.items()}) for of in (stored, plain))
     assert torch.equal(read["0.weight"], before["0.weight"])
     assert not torch.equal(read["2.weight"], before["2.weight"])
@@ -133,7 +139,7 @@ def test_each_output_channel_has_the_right_mean():
     network, x = convolutions(), images(64)
     weights = weights_of(network)
     steps = {name: 0.3 if weight.dim() > 1 else 1e-4 for name, weight in weights.items()}
-    rounded = loaded(network, encode_in_turn(network, (x,), weights, steps, Rounding(feedback_of(network))))
+    rounded = loaded(network, round_in_turn(network, x, steps, Rounding(feedback_of(network))))
     with torch.inference_mode():
         assert torch.allclose(rounded(x).mean((0, 2, 3)), network(x).mean((0, 2, 3)), atol=1e-4)
 
@@ -142,7 +148,7 @@ def test_without_layers_that_have_feedback_it_is_plain_rounding():
     network = convolutions()
     weights = weights_of(network)
     steps = dict.fromkeys(weights, 0.1)
-    found = encode_in_turn(network, (images(3),), weights, steps, Rounding())
+    found = round_in_turn(network, images(3), steps, Rounding())
     expected = rounding.encode(weights, steps)
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
 
@@ -158,9 +164,8 @@ def test_a_layer_that_is_called_twice_is_rounded_once_and_one_that_is_not_called
 
     network = Shared()
     weights = weights_of(network)
-    stored = encode_in_turn(
-        network, (torch.randn(50, 4),), weights, dict.fromkeys(weights, 0.05), Rounding(feedback_of(network))
-    )
+    steps = dict.fromkeys(weights, 0.05)
+    stored = round_in_turn(network, torch.randn(50, 4), steps, Rounding(feedback_of(network)))
     read = entropy.decode(stored, {name: w.shape for name, w in weights.items()})
     assert all(abs(read[name] - weight).max() < 0.2 for name, weight in weights.items())
 
@@ -183,7 +188,7 @@ def test_no_code_passes_the_largest_where_steps_are_as_fine_as_can_be():
     weights = weights_of(network)
     steps = {name: 1.01 * float(weight.abs().max()) / LARGEST_CODE for name, weight in weights.items()}
     steps["0.weight"] = 0.5
-    stored = encode_in_turn(network, (x,), weights, steps, Rounding(feedback_of(network)))
+    stored = round_in_turn(network, x, steps, Rounding(feedback_of(network)))
     read = entropy.decode(stored, {name: w.shape for name, w in weights.items()})
     assert all(bool(weight.isfinite().all()) for weight in read.values())
 
@@ -193,7 +198,7 @@ def test_a_bias_of_zero_whose_steps_are_nothing_stays_zero():
     nn.init.zeros_(network[2].bias)
     weights = weights_of(network)
     steps = {name: 0.3 if weight.dim() > 1 else 0.01 for name, weight in weights.items()} | {"2.bias": 3e-30}
-    stored = encode_in_turn(network, (x,), weights, steps, Rounding(feedback_of(network)))
+    stored = round_in_turn(network, x, steps, Rounding(feedback_of(network)))
     assert not entropy.decode(stored, {name: w.shape for name, w in weights.items()})["2.bias"].any()
 
 
@@ -201,7 +206,10 @@ def test_a_weight_of_no_dimension_is_decoded_as_an_array():
     assert decoded(np.array(3), 0.5, None).shape == () and decoded(np.array(3), 0.5, None) == np.float32(1.5)
 
 
-def test_the_bytes_of_inputs_are_those_of_all_layers():
-    network = convolutions()
-    of_one = 4 * (64 + 12 * 64 + 16 * 16 + 12 * 64)
-    assert bytes_of_inputs(network, (images(1),)) == of_one and bytes_of_inputs(network, (images(3),)) == 3 * of_one
+def test_exact_inputs_are_those_of_all_layers_when_they_are_first_called():
+    network, x = convolutions(), images(2)
+    inputs = exact_inputs(network, (x,))
+    assert torch.equal(inputs["0"], x) and torch.equal(inputs["2"], network[:2](x))
+    assert {name: tuple(of.shape[1:]) for name, of in inputs.items()} == {
+        "0": (1, 8, 8), "2": (12, 8, 8), "4": (16, 4, 4), "6": (12, 8, 8),
+    }  # fmt: skip

@@ -7,15 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.choose import feedback, rounding
-from common.choose.feedback import (
-    DAMPING,
-    ROW_DAMPING,
-    Feedback,
-    factorize_rows,
-    make_feedback,
-    measure_feedback,
-    patches_of,
-)
+from common.choose.feedback import DAMPING, ROW_DAMPING, Feedback, factorize_rows, make_feedback, measure_feedback
+from common.choose.patches import patches_of
 from common.fisher.gauss_newton import random_signs, signed_sum
 from common.formats import entropy
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.choose.feedback import has_patches, patches_of
+from common.choose.patches import has_patches, windows_of
 from common.choose.rounding import Rounding, choose_codes, decoded, store
 from common.formats.entropy import LARGEST_CODE
 from common.formats.row_steps import Step, stored_steps
@@ -27,24 +27,32 @@ PLACES = 64  # of each image and layer: outputs whose inputs are looked at
 CHUNK = 64  # images
 
 
+@torch.inference_mode()
+def exact_inputs(network: nn.Module, samples: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    """{layer: input of its first call} of the layers that can have feedback."""
+    layers = {name: layer for name, layer in network.named_modules() if has_patches(layer)}
+    inputs: dict[str, torch.Tensor] = {}
+    with _before_calls(layers, lambda name, x: inputs.setdefault(name, x)):
+        network(*samples)
+    return inputs
+
+
 def encode_in_turn(
     network: nn.Module,
     samples: tuple[torch.Tensor, ...],
+    exact: dict[str, torch.Tensor],
     weights: dict[str, torch.Tensor],
     steps: dict[str, Step],
     rounding: Rounding,
 ) -> dict[str, torch.Tensor]:
     """What a file stores of `weights`, the parameters of `network`, rounded to multiples of `steps`: the layers that
-    have feedback one after the other, as the network calls them on `samples`. Raises ValueError as `choose_codes`."""
+    have feedback one after the other, as the network calls them on `samples`. exact: its `exact_inputs` on these.
+    Raises ValueError as `choose_codes`."""
     steps = {name: stored_steps(steps[name]) for name in weights}
-    layers = {name: layer for name, layer in network.named_modules() if f"{name}.weight" in rounding.feedback}
-    exact: dict[str, torch.Tensor] = {}
-    with torch.inference_mode(), _before_calls(layers, lambda name, x: exact.setdefault(name, x)):
-        network(*samples)
-    called = {f"{name}.weight" for name in exact}
     rounded = copy.deepcopy(network)
-    state, layers = rounded.state_dict(), {name: rounded.get_submodule(name) for name in exact}
-    codes: dict[str, np.ndarray] = {}
+    layers = {name: rounded.get_submodule(name) for name in exact if f"{name}.weight" in rounding.feedback}
+    in_turn = {f"{name}.weight" for name in layers}
+    state, codes = rounded.state_dict(), {}
 
     def settle(more: dict[str, np.ndarray]) -> None:
         """From here on the network has what these codes stand for."""
@@ -53,10 +61,10 @@ def encode_in_turn(
             state[name].copy_(torch.from_numpy(decoded(of, steps[name], rounding.axis(name, of.shape))))
 
     def visit(name: str, x: torch.Tensor) -> None:
-        if name not in exact:  # an earlier call has settled it
+        weight, bias = f"{name}.weight", f"{name}.bias"
+        if weight in codes:  # an earlier call has settled it
             return
-        weight, bias, feedback = f"{name}.weight", f"{name}.bias", rounding.feedback[f"{name}.weight"]
-        seen = _look(layers[name], exact.pop(name), x)
+        feedback, seen = rounding.feedback[weight], _look(layers[name], exact[name], x)
         rows = feedback.rows(weights[weight].double().cpu()).numpy()
         target = feedback.weight(_compensated(rows, seen), weights[weight].shape)
         largest = LARGEST_CODE * np.asarray(steps[weight], np.float64)
@@ -68,20 +76,10 @@ def encode_in_turn(
             if abs(found).max() <= LARGEST_CODE:  # beyond it, steps are those of a bias that is not there: it stays so
                 settle({bias: np.rint(found).astype(np.int64)})
 
-    settle(choose_codes({n: w for n, w in weights.items() if n not in called}, steps, rounding))
+    settle(choose_codes({n: w for n, w in weights.items() if n not in in_turn}, steps, rounding))
     with torch.inference_mode(), _before_calls(layers, visit):
         rounded(*samples)
     return store({name: codes[name] for name in weights}, steps, rounding)
-
-
-@torch.inference_mode()
-def bytes_of_inputs(network: nn.Module, samples: tuple[torch.Tensor, ...]) -> int:
-    """What `encode_in_turn` keeps at a time for these samples, at most."""
-    layers = {name: module for name, module in network.named_modules() if has_patches(module)}
-    sizes = {}
-    with _before_calls(layers, lambda name, x: sizes.setdefault(name, x.nbytes)):
-        network(*samples)
-    return sum(sizes.values())
 
 
 @contextmanager
@@ -116,9 +114,9 @@ def _look(layer: nn.Module, exact: torch.Tensor, found: torch.Tensor) -> list[_I
     """What the layer's exact inputs (N, ...) and those that there are say of each other, at some of its outputs."""
     seen: list[_Inputs] = []
     generator = torch.Generator().manual_seed(0)
-    chosen: list[torch.Tensor] = []
+    chosen: list[torch.Tensor] = []  # (2, P): places of outputs, down and right
     for of_exact, of_found in zip(exact.split(CHUNK), found.split(CHUNK), strict=True):
-        pairs = zip(patches_of(layer, of_exact), patches_of(layer, of_found), strict=True)
+        pairs = zip(windows_of(layer, of_exact), windows_of(layer, of_found), strict=True)
         for i, ((columns, _, wanted), (_, _, there)) in enumerate(pairs):
             if len(seen) == i:
                 size = len(columns)
@@ -126,8 +124,9 @@ def _look(layer: nn.Module, exact: torch.Tensor, found: torch.Tensor) -> list[_I
                     wanted.new_zeros(shape, dtype=torch.float64) for shape in ((size, size), (size, size), size, size)
                 )
                 seen.append(_Inputs(columns, *zeros))
-                chosen.append(torch.randperm(wanted.shape[2], generator=generator)[:PLACES].to(wanted.device))
-            a, b = (of[:, :, chosen[i]].float().transpose(1, 2).flatten(0, 1) for of in (wanted, there))  # (N P, K)
+                outputs = torch.cartesian_prod(*map(torch.arange, wanted.shape[2:4]))
+                chosen.append(outputs[torch.randperm(len(outputs), generator=generator)[:PLACES]].T.to(wanted.device))
+            a, b = (_patches_at(of, chosen[i]) for of in (wanted, there))
             inputs = seen[i]
             inputs.found += b.T @ b
             inputs.lacking += (a - b).T @ b
@@ -135,6 +134,11 @@ def _look(layer: nn.Module, exact: torch.Tensor, found: torch.Tensor) -> list[_I
             inputs.found_sum += b.sum(0)
             inputs.count += len(a)
     return seen
+
+
+def _patches_at(windows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """(N P, K): the patches at outputs `places` (2, P) among `windows` (N, C, H, W, h, w), K = C h w."""
+    return windows.permute(0, 2, 3, 1, 4, 5)[:, *places].float().flatten(2).flatten(0, 1)
 
 
 def _compensated(rows: np.ndarray, seen: list[_Inputs]) -> np.ndarray:

@@ -8,19 +8,18 @@ sketch B). Successive rounding takes the Cholesky factor of the inverse of each 
 1): from column to column, and within a column from row to row.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import linalg
 from scipy.linalg import blas, lapack
 from torch import nn
 from tqdm import tqdm
 
+from common.choose.patches import has_patches, patches_of, places_last
 from common.choose.trellis_search import search_block
-from common.fisher.gradients import SampleLoss, is_plain_convolution, visit_layers
+from common.fisher.gradients import SampleLoss, visit_layers
 from common.formats.trellis import NO_TRELLIS
 
 DAMPING = 0.01  # of the mean second moment, added to each: directions that no sample showed cost something too
@@ -216,7 +215,7 @@ def measure_feedback(network: nn.Module, loss: SampleLoss, samples: tuple[torch.
     of_rows: dict[str, torch.Tensor] = {}
 
     def visit(name: str, layer: nn.Module, x: torch.Tensor, g: torch.Tensor, calls_left: int) -> None:
-        g = _places_last(layer, g).float()  # (N, R, L)
+        g = places_last(layer, g).float()  # (N, R, L)
         if name not in of_rows:
             of_rows[name] = g.new_zeros(g.shape[1], g.shape[1])
         for i, (columns, places, patches) in enumerate(patches_of(layer, x)):
@@ -256,48 +255,3 @@ def _add_products(moment: torch.Tensor, rows: torch.Tensor) -> None:
         blas.ssyrk(1.0, rows.contiguous().numpy().T, beta=1.0, c=moment.numpy().T, lower=1, overwrite_c=1)
     else:
         moment.addmm_(rows.T, rows)
-
-
-def has_patches(layer: nn.Module) -> bool:
-    """Whether `patches_of` knows the layer."""
-    if isinstance(layer, nn.ConvTranspose2d) and (layer.dilation != (1, 1) or layer.output_padding != (0, 0)):
-        return False
-    return isinstance(layer, nn.Linear) or (is_plain_convolution(layer) and layer.groups == 1)
-
-
-def patches_of(layer: nn.Module, x: torch.Tensor) -> Iterator[tuple[np.ndarray, torch.Tensor | slice, torch.Tensor]]:
-    """Columns (K,) of `Feedback.rows`, some of the layer's outputs (L,) and the patch of the input that makes each of
-    these, (N, K, L). The columns of a patch are in no other, and what is left out is zero.
-
-    A transposed convolution of stride s has s^2 such sets for its kernel's entries: an output sees each s-th of them.
-    """
-    if not isinstance(layer, nn.ConvTranspose2d):
-        linear = isinstance(layer, nn.Linear)
-        settings = () if linear else (layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        patches = _places_last(layer, x) if linear else F.unfold(x, *settings)
-        yield np.arange(patches.shape[1]), slice(None), patches
-        return
-    n, channels, height, width = x.shape
-    (rows, columns), (down, right) = layer.kernel_size, layer.stride
-    above, before = rows - 1 - layer.padding[0], columns - 1 - layer.padding[1]
-    spread = x.new_zeros(n, channels, down * (height - 1) + 1, right * (width - 1) + 1)
-    spread[:, :, ::down, ::right] = x
-    spread = F.pad(spread, (before, before, above, above))
-    entries = np.arange(channels * rows * columns).reshape(channels, rows, columns)
-    outputs = torch.arange((spread.shape[2] - rows + 1) * (spread.shape[3] - columns + 1), device=x.device)
-    outputs = outputs.view(spread.shape[2] - rows + 1, -1)
-    for i in range(min(down, rows)):
-        for j in range(min(right, columns)):
-            top, left = (above - i) % down, (before - j) % right
-            seen, made = entries[:, i::down, j::right], outputs[top::down, left::right]
-            if not made.numel():
-                yield seen.ravel(), made.flatten(), x.new_zeros(n, seen.size, 0)
-                continue
-            part = spread[:, :, top + i :: down, left + j :: right]
-            part = part[:, :, : made.shape[0] + seen.shape[1] - 1, : made.shape[1] + seen.shape[2] - 1]
-            yield seen.ravel(), made.flatten(), F.unfold(part, seen.shape[1:])
-
-
-def _places_last(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """(N, C, L)"""
-    return x.reshape(len(x), -1, x.shape[-1]).transpose(1, 2) if isinstance(layer, nn.Linear) else x.flatten(2)

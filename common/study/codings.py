@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from common.choose import allocation
 from common.choose.allocation import WIDTHS, BudgetError, fixed_formats
-from common.choose.asymmetric import encode_in_turn
+from common.choose.asymmetric import encode_in_turn, exact_inputs
 from common.choose.feedback import Feedback
 from common.choose.fixed_rounding import FixedRounding
 from common.choose.rounding import PRICE_OF_A_BIT, Rounding
@@ -76,12 +76,13 @@ class EntropyCoding:
         weights = self.baseline.state
         steps = entropy.steps_of(stored, {name: weight.shape for name, weight in weights.items()})
         network = self.baseline.network().to(self.inputs[0].device)
+        exact = exact_inputs(network, self.inputs)
         how = Rounding(self.feedback, self.price, self.trellis)
         finest = {name: allocation.finest_step(float(weight.abs().max())) for name, weight in weights.items()}
 
         def encode(factor: float) -> dict[str, torch.Tensor]:
             changed = {name: np.maximum(step * factor, finest[name]) for name, step in steps.items()}
-            return encode_in_turn(network, self.inputs, weights, changed, how)
+            return encode_in_turn(network, self.inputs, exact, weights, changed, how)
 
         return encode
 

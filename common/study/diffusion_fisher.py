@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from common.choose.asymmetric import bytes_of_inputs
+from common.choose.asymmetric import exact_inputs
 from common.choose.feedback import Feedback, measure_feedback
 from common.ddpm.architecture import schedule_of
 from common.ddpm.digits import to_model_range
@@ -136,7 +136,7 @@ def rounding_inputs(run: Run, model: Model) -> tuple[torch.Tensor, torch.Tensor]
         x0, t, noise = _samples_as_they_weigh(run, schedule, n)
         return schedule.add_noise(x0, t, noise), t
 
-    fit = INPUT_BYTES // bytes_of_inputs(network, inputs(1))
+    fit = INPUT_BYTES // sum(x.nbytes for x in exact_inputs(network, inputs(1)).values())
     return inputs(max(1, min(run.preset.fisher_digits, fit)))
 
 
