@@ -14,6 +14,7 @@ from diffusers import UNet2DModel
 from common.choose import allocation, rounding
 from common.choose.allocation import BudgetError
 from common.choose.feedback import ROW_DAMPING, factorize_rows, measure_feedback, no_feedback
+from common.choose.fixed_rounding import FixedRounding
 from common.ddpm.schedule import Schedule
 from common.errors import UserError, run_main
 from common.fisher.information import fisher_information
@@ -23,7 +24,7 @@ from common.formats.packed import MIB, file_bytes, full_precision, load_model, s
 from common.metrics.estimate import Estimate
 from common.study import budget_models, budget_search
 from common.study import finetuned as finetuned_module
-from common.study.codings import EntropyCoding, FixedWidths
+from common.study.codings import EntropyCoding, FixedWidths, in_formats, make_in_turn
 from common.study.rows import Figure
 from common.study.run import preset_checkpoint
 from common.training.finetune_inputs import BATCH, STATES, STEPS
@@ -272,6 +273,30 @@ def test_layers_rounded_in_turn_keep_to_sizes_from_the_smallest_to_fp32(tiny_net
     model = coding.fit(limit, dict.fromkeys(baseline.state, 1.0), {"label": "m"})
     assert "m: it did not fit layer after layer" in "".join(capsys.readouterr())
     assert model.sha256 == replace(coding, inputs=None).fit(limit, dict.fromkeys(baseline.state, 1.0), {}).sha256
+
+
+def test_fixed_widths_rounded_in_turn_have_outputs_nearer_to_the_exact_ones(tiny_network):
+    baseline = full_precision(tiny_network.config, tiny_network.state_dict(), {})
+    layers = {n: m for n, m in tiny_network.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)}
+    feedback = {f"{name}.weight": no_feedback(layer.weight.shape) for name, layer in layers.items()}
+    formats = {name: "int3" if weight.dim() > 1 else "fp16" for name, weight in baseline.state.items()}
+    formats["late_conv.weight"] = "fp32"
+    by = FixedRounding("feedback", feedback)
+
+    def make(source):
+        return in_formats(source, formats, {"label": "m"}, by.quantize)
+
+    def inputs(seed):
+        return torch.randn(64, 1, 32, 32, generator=torch.Generator().manual_seed(seed)), torch.arange(0, 960, 15)
+
+    plain, in_turn = (make_in_turn(baseline, make, by, of) for of in (None, inputs(0)))
+    assert in_turn.formats == plain.formats == make(baseline).formats and in_turn.metadata == plain.metadata
+    assert file_bytes(in_turn) == file_bytes(plain) and plain.sha256 == make(baseline).sha256
+    assert torch.equal(in_turn.state["shallow_conv.weight"], plain.state["shallow_conv.weight"])  # its inputs are exact
+    assert not torch.equal(in_turn.state["late_conv.weight"], baseline.state["late_conv.weight"])  # in FP32 as well
+    with torch.inference_mode():
+        exact, found, before = (model.network()(*inputs(1)) for model in (baseline, in_turn, plain))
+    assert (found - exact).square().mean() < 0.5 * (before - exact).square().mean()
 
 
 def test_a_second_fit_keeps_to_the_budget_or_finds_none():

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from common.choose.feedback import Feedback
 from common.choose.patches import has_patches, windows_of
 from common.choose.rounding import Rounding, choose_codes, decoded, store
 from common.formats.entropy import LARGEST_CODE
@@ -37,6 +38,41 @@ def exact_inputs(network: nn.Module, samples: tuple[torch.Tensor, ...]) -> dict[
     return inputs
 
 
+def round_in_turn(
+    rounded: nn.Module,
+    samples: tuple[torch.Tensor, ...],
+    exact: dict[str, torch.Tensor],
+    weights: dict[str, torch.Tensor],
+    feedback: dict[str, Feedback],
+    settle: Callable[[str, torch.Tensor], torch.Tensor],
+) -> None:
+    """The layers that have feedback one after the other, as the network calls them on `samples`: each one's weight, and
+    then its bias, becomes what `settle` makes of the best one for the inputs that there are, float64.
+
+    rounded: the network, all rounded, which has what was settled from then on; exact: `exact_inputs` of the exact one,
+    whose parameters are `weights`.
+    """
+    layers = {name: rounded.get_submodule(name) for name in exact if f"{name}.weight" in feedback}
+    state, settled = rounded.state_dict(), set()
+
+    def visit(name: str, x: torch.Tensor) -> None:
+        if name in settled:  # by an earlier call
+            return
+        settled.add(name)
+        weight, bias, of_layer = f"{name}.weight", f"{name}.bias", feedback[f"{name}.weight"]
+        seen = _look(layers[name], exact[name], x)
+        rows = of_layer.rows(weights[weight].double().cpu()).numpy()
+        best = of_layer.weight(_compensated(rows, seen), weights[weight].shape)
+        state[weight].copy_(settle(weight, torch.from_numpy(np.ascontiguousarray(best))))
+        if bias in weights:
+            now = of_layer.rows(state[weight].double().cpu()).numpy()
+            best = weights[bias].double().cpu() + torch.from_numpy(_mean_lack(rows, now, seen))
+            state[bias].copy_(settle(bias, best))
+
+    with torch.inference_mode(), _before_calls(layers, visit):
+        rounded(*samples)
+
+
 def encode_in_turn(
     network: nn.Module,
     samples: tuple[torch.Tensor, ...],
@@ -45,40 +81,28 @@ def encode_in_turn(
     steps: dict[str, Step],
     rounding: Rounding,
 ) -> dict[str, torch.Tensor]:
-    """What a file stores of `weights`, the parameters of `network`, rounded to multiples of `steps`: the layers that
-    have feedback one after the other, as the network calls them on `samples`. exact: its `exact_inputs` on these.
-    Raises ValueError as `choose_codes`."""
+    """What a file stores of `weights`, the parameters of `network`, rounded in turn to multiples of `steps`. exact: its
+    `exact_inputs` on the `samples`. Raises ValueError as `choose_codes`."""
     steps = {name: stored_steps(steps[name]) for name in weights}
+    in_turn = {f"{name}.weight" for name in exact} & rounding.feedback.keys()
+    codes = choose_codes({n: w for n, w in weights.items() if n not in in_turn}, steps, rounding)
+
+    def read(name: str) -> torch.Tensor:
+        return torch.from_numpy(decoded(codes[name], steps[name], rounding.axis(name, weights[name].shape)))
+
+    def settle(name: str, best: torch.Tensor) -> torch.Tensor:
+        largest = LARGEST_CODE * torch.as_tensor(np.asarray(steps[name], np.float64))
+        if name in in_turn:
+            codes.update(choose_codes({name: best.clamp(-largest, largest)}, {name: steps[name]}, rounding))
+        elif (best.abs() <= largest).all():  # beyond it, steps are those of a bias that is not there: it stays so
+            codes[name] = np.rint(best.numpy() / steps[name]).astype(np.int64)
+        return read(name)
+
     rounded = copy.deepcopy(network)
-    layers = {name: rounded.get_submodule(name) for name in exact if f"{name}.weight" in rounding.feedback}
-    in_turn = {f"{name}.weight" for name in layers}
-    state, codes = rounded.state_dict(), {}
-
-    def settle(more: dict[str, np.ndarray]) -> None:
-        """From here on the network has what these codes stand for."""
-        codes.update(more)
-        for name, of in more.items():
-            state[name].copy_(torch.from_numpy(decoded(of, steps[name], rounding.axis(name, of.shape))))
-
-    def visit(name: str, x: torch.Tensor) -> None:
-        weight, bias = f"{name}.weight", f"{name}.bias"
-        if weight in codes:  # an earlier call has settled it
-            return
-        feedback, seen = rounding.feedback[weight], _look(layers[name], exact[name], x)
-        rows = feedback.rows(weights[weight].double().cpu()).numpy()
-        target = feedback.weight(_compensated(rows, seen), weights[weight].shape)
-        largest = LARGEST_CODE * np.asarray(steps[weight], np.float64)
-        target = torch.from_numpy(np.clip(target, -largest, largest))
-        settle(choose_codes({weight: target}, {weight: steps[weight]}, rounding))
-        if bias in weights:
-            now = feedback.rows(state[weight].double().cpu()).numpy()
-            found = (weights[bias].double().cpu().numpy() + _mean_lack(rows, now, seen)) / steps[bias]
-            if abs(found).max() <= LARGEST_CODE:  # beyond it, steps are those of a bias that is not there: it stays so
-                settle({bias: np.rint(found).astype(np.int64)})
-
-    settle(choose_codes({n: w for n, w in weights.items() if n not in in_turn}, steps, rounding))
-    with torch.inference_mode(), _before_calls(layers, visit):
-        rounded(*samples)
+    state = rounded.state_dict()
+    for name in codes:
+        state[name].copy_(read(name))
+    round_in_turn(rounded, samples, exact, weights, rounding.feedback, settle)
     return store({name: codes[name] for name in weights}, steps, rounding)
 
 

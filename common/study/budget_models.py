@@ -184,7 +184,7 @@ class Maker:
         self.rounding, needed = rounding, coding == "entropy" or rounding == "feedback"
         self.feedback = rounding_feedback(run, baseline) if needed else {}
         self.bias = measure_outputs(run, baseline) if needed else None
-        self.inputs = rounding_inputs(run, baseline) if coding == "entropy" else None
+        self.inputs = rounding_inputs(run, baseline) if needed else None
         self._allocator = make_allocator(baseline, coding, self.feedback, rounding, self.bias, self.inputs)
 
     def metadata(self, asked: str, variant: str | None = None, **more) -> dict:

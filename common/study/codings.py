@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
@@ -11,13 +11,13 @@ from tqdm import tqdm
 
 from common.choose import allocation
 from common.choose.allocation import WIDTHS, BudgetError, fixed_formats
-from common.choose.asymmetric import encode_in_turn, exact_inputs
+from common.choose.asymmetric import encode_in_turn, exact_inputs, round_in_turn
 from common.choose.feedback import Feedback
 from common.choose.fixed_rounding import FixedRounding
 from common.choose.rounding import PRICE_OF_A_BIT, Rounding
 from common.formats import entropy
-from common.formats.numbers import along, stored_bytes
-from common.formats.packed import Model, Quantizer, file_bytes, tensor_shapes
+from common.formats.numbers import along, fake_quantize, stored_bytes
+from common.formats.packed import Model, Quantizer, file_bytes, full_precision, tensor_shapes
 from common.study.output_bias import BYTES_OF_A_MAP, OutputBiasFit, affordable_maps
 
 
@@ -106,14 +106,16 @@ class EntropyCoding:
 
 @dataclass(frozen=True)
 class FixedWidths:
-    """One format for each tensor, the best choice there is for its `rounding`; and the output's bias taken off."""
+    """One format for each tensor, the best choice there is for its `rounding`; layers rounded one after the other where
+    `inputs` are given, and the output's bias taken off where `bias` is."""
 
     baseline: Model
     rounding: FixedRounding = field(default_factory=FixedRounding)
+    inputs: tuple[torch.Tensor, ...] | None = None
     bias: OutputBiasFit | None = None
 
     def smallest(self, metadata: dict) -> int:
-        return file_bytes(self._in_formats(self._narrowest(), metadata))
+        return file_bytes(in_formats(self.baseline, self._narrowest(), metadata))
 
     def fit(self, limit: int, values: dict[str, float], metadata: dict) -> Model:
         return corrected(self.bias, limit, lambda limit: self._fit_weights(limit, values, metadata))
@@ -125,10 +127,11 @@ class FixedWidths:
         header = 0
         while True:  # until the header, whose length follows from the formats, fits too
             formats = fixed_formats(self.baseline.state, axes, values, max(least, limit - header), self._errors)
-            there = file_bytes(self._in_formats(formats, metadata))  # however it is rounded
+            there = file_bytes(in_formats(self.baseline, formats, metadata))  # however it is rounded
             excess = there - limit
             if excess <= 0:
-                return self._in_formats(formats, metadata, self.rounding.quantize)
+                make = partial(in_formats, formats=formats, metadata=metadata, quantizer=self.rounding.quantize)
+                return make_in_turn(self.baseline, make, self.rounding, self.inputs)
             if limit - header <= least:
                 raise BudgetError(there)
             header += excess
@@ -145,13 +148,41 @@ class FixedWidths:
             for name, (shape, axis) in tensor_shapes(self.baseline.config).items()
         }
 
-    def _in_formats(self, formats: dict[str, str], metadata: dict, quantizer: Quantizer | None = None) -> Model:
-        model = replace(self.baseline, metadata=metadata)
-        for fmt in set(formats.values()):
-            model = model.quantize(
-                [name for name, chosen in formats.items() if chosen == fmt], fmt, metadata, quantizer
-            )
+
+def in_formats(baseline: Model, formats: dict[str, str], metadata: dict, quantizer: Quantizer | None = None) -> Model:
+    """The baseline with each tensor in a format of its own, {name: format}."""
+    model = replace(baseline, metadata=metadata)
+    for fmt in set(formats.values()):
+        model = model.quantize([name for name, chosen in formats.items() if chosen == fmt], fmt, metadata, quantizer)
+    return model
+
+
+def make_in_turn(
+    baseline: Model,
+    make: Callable[[Model], Model],
+    rounding: FixedRounding,
+    inputs: tuple[torch.Tensor, ...] | None,
+) -> Model:
+    """What `make` makes of the baseline whose layers are the best ones, one after the other, for what the layers before
+    them have become (`common.choose.asymmetric`); of the baseline itself without `inputs`.
+
+    make: gives each tensor its format, and integers by `rounding`.
+    """
+    model = make(baseline)
+    if inputs is None:
         return model
+    best, axes = dict(baseline.state), {name: axis for name, (_, axis) in tensor_shapes(baseline.config).items()}
+
+    def settle(name: str, weight: torch.Tensor) -> torch.Tensor:
+        best[name], fmt = weight.float(), model.formats[name]
+        if fmt.startswith("int"):
+            return rounding.quantize(name, best[name], fmt, axes[name]).dequantize()
+        return fake_quantize(best[name], fmt, axes[name])
+
+    device = inputs[0].device
+    exact = exact_inputs(baseline.network().to(device), inputs)
+    round_in_turn(model.network().to(device), inputs, exact, baseline.state, rounding.feedback, settle)
+    return make(full_precision(baseline.config, best, baseline.metadata))
 
 
 def corrected(bias: OutputBiasFit | None, limit: int, fit: Callable[[int], Model]) -> Model:
@@ -183,7 +214,6 @@ def make_allocator(
     bias: OutputBiasFit | None = None,
     inputs: tuple[torch.Tensor, ...] | None = None,
 ) -> Allocator:
-    """inputs: for entropy coding alone."""
     if coding == "entropy":
         return EntropyCoding(baseline, feedback, inputs=inputs, bias=bias)
-    return FixedWidths(baseline, FixedRounding(rounding, feedback), bias)
+    return FixedWidths(baseline, FixedRounding(rounding, feedback), inputs, bias)

@@ -5,6 +5,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from common.choose.controls import (
@@ -24,11 +25,13 @@ from common.presets import FORMATS
 from common.runtime import distributed
 from common.runtime.files import write_atomically
 from common.study import baselines
+from common.study.codings import make_in_turn
 from common.study.diffusion_fisher import (
     curvature_metadata,
     curvature_table,
     fisher_table,
     rounding_feedback,
+    rounding_inputs,
     values_note,
 )
 from common.study.evaluate import Evaluator, baseline_row, make_evaluator, model_row, real_rows, said_of, settings_of
@@ -80,22 +83,19 @@ def uniform(run: Run, baseline: Model, rounding: str = "nearest") -> Model:
     """Every weight of layers 1 to 6 in --format, its integers chosen by one of `presets.ROUNDINGS`."""
     other = {} if rounding == "nearest" else {"rounding": rounding}
     metadata = quantized_metadata(run, baseline, "Uniform", published=PUBLISHED_UNIFORM, **other)
-    weights, quantizer = layer_weights(baseline.state), fixed_rounding(run, baseline, rounding).quantize
+    by = FixedRounding(rounding, rounding_feedback(run, baseline) if rounding == "feedback" else {})
+    make = partial(Model.quantize, names=layer_weights(baseline.state), fmt=run.fmt, metadata=metadata)
     if rounding != "feedback":
-        return baseline.quantize(weights, run.fmt, metadata, quantizer)
-    maps = affordable_maps(file_bytes(baseline.quantize(weights, run.fmt, metadata)))  # however it is rounded
+        return make(baseline, quantizer=by.quantize)
+    maps = affordable_maps(file_bytes(make(baseline)))  # however it is rounded
     bias = measure_outputs(run, baseline) if maps else None
+    inputs = rounding_inputs(run, baseline)
 
     def made() -> Model:
-        model = baseline.quantize(weights, run.fmt, metadata, quantizer)
+        model = make_in_turn(baseline, partial(make, quantizer=by.quantize), by, inputs)
         return bias.correct(model, maps) if bias else model
 
     return distributed.on_first(made)  # sums on a GPU may round otherwise in each process
-
-
-def fixed_rounding(run: Run, baseline: Model, method: str) -> FixedRounding:
-    """The rounding of integers, with the feedback that it needs, which is measured."""
-    return FixedRounding(method, rounding_feedback(run, baseline) if method == "feedback" else {})
 
 
 def run_strategy(options: argparse.Namespace, choices: list[Choice]) -> None:
