@@ -182,6 +182,7 @@ def make_in_turn(
     device = inputs[0].device
     exact = exact_inputs(baseline.network().to(device), inputs)
     round_in_turn(model.network().to(device), inputs, exact, baseline.state, rounding.feedback, settle)
+    best = {name: weight.clone() for name, weight in best.items()}  # of inference tensors, which autograd does not take
     return make(full_precision(baseline.config, best, baseline.metadata))
 
 
