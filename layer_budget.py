@@ -39,7 +39,8 @@ def main():
         "--rounding",
         choices=ROUNDINGS,
         help="for --coding fixed: round integers to the nearest; or with scales of the least squared error; or with "
-        "these scales and each error compensated in weights that are rounded later; default: feedback",
+        "these scales and feedback: each error is compensated in weights and layers that are rounded later; "
+        "default: feedback",
     )
     parser.add_argument(
         "--finetune",

@@ -40,7 +40,7 @@ def main():
         choices=ROUNDINGS,
         default="nearest",
         help="how to round integers: to the nearest, as published; or with scales of the least squared error; or with "
-        "these scales and each error compensated in weights that are rounded later",
+        "these scales and feedback: each error is compensated in weights and layers that are rounded later",
     )
     options = parser.parse_args()
     if options.rounding != "nearest" and not options.format.startswith("int"):

@@ -41,7 +41,7 @@ def weights_of(network):
     return {name: parameter.detach() for name, parameter in network.named_parameters()}
 
 
-def round_in_turn(network, x, steps, how):
+def stored_in_turn(network, x, steps, how):
     """What is stored."""
     return encode_in_turn(network, (x,), exact_inputs(network, (x,)), weights_of(network), steps, how)
 
@@ -123,7 +123,7 @@ def test_a_layer_with_exact_inputs_is_rounded_as_it_is_and_outputs_come_nearer()
     steps = {name: 0.3 if weight.dim() > 1 else 0.01 for name, weight in weights.items()}
     how = Rounding(feedback_of(network), price=0.0)
     plain = rounding.encode(weights, steps, how.feedback, how.price)
-    stored = round_in_turn(network, x, steps, how)
+    stored = stored_in_turn(network, x, steps, how)
     read, before = (entropy.decode(of, {n: w.shape for n, w in weights.items()}) for of in (stored, plain))
     assert torch.equal(read["0.weight"], before["0.weight"])
     assert not torch.equal(read["2.weight"], before["2.weight"])
@@ -139,7 +139,7 @@ def test_each_output_channel_has_the_right_mean():
     network, x = convolutions(), images(64)
     weights = weights_of(network)
     steps = {name: 0.3 if weight.dim() > 1 else 1e-4 for name, weight in weights.items()}
-    rounded = loaded(network, round_in_turn(network, x, steps, Rounding(feedback_of(network))))
+    rounded = loaded(network, stored_in_turn(network, x, steps, Rounding(feedback_of(network))))
     with torch.inference_mode():
         assert torch.allclose(rounded(x).mean((0, 2, 3)), network(x).mean((0, 2, 3)), atol=1e-4)
 
@@ -148,7 +148,7 @@ def test_without_layers_that_have_feedback_it_is_plain_rounding():
     network = convolutions()
     weights = weights_of(network)
     steps = dict.fromkeys(weights, 0.1)
-    found = round_in_turn(network, images(3), steps, Rounding())
+    found = stored_in_turn(network, images(3), steps, Rounding())
     expected = rounding.encode(weights, steps)
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
 
@@ -165,7 +165,7 @@ def test_a_layer_that_is_called_twice_is_rounded_once_and_one_that_is_not_called
     network = Shared()
     weights = weights_of(network)
     steps = dict.fromkeys(weights, 0.05)
-    stored = round_in_turn(network, torch.randn(50, 4), steps, Rounding(feedback_of(network)))
+    stored = stored_in_turn(network, torch.randn(50, 4), steps, Rounding(feedback_of(network)))
     read = entropy.decode(stored, {name: w.shape for name, w in weights.items()})
     assert all(abs(read[name] - weight).max() < 0.2 for name, weight in weights.items())
 
@@ -188,7 +188,7 @@ def test_no_code_passes_the_largest_where_steps_are_as_fine_as_can_be():
     weights = weights_of(network)
     steps = {name: 1.01 * float(weight.abs().max()) / LARGEST_CODE for name, weight in weights.items()}
     steps["0.weight"] = 0.5
-    stored = round_in_turn(network, x, steps, Rounding(feedback_of(network)))
+    stored = stored_in_turn(network, x, steps, Rounding(feedback_of(network)))
     read = entropy.decode(stored, {name: w.shape for name, w in weights.items()})
     assert all(bool(weight.isfinite().all()) for weight in read.values())
 
@@ -198,7 +198,7 @@ def test_a_bias_of_zero_whose_steps_are_nothing_stays_zero():
     nn.init.zeros_(network[2].bias)
     weights = weights_of(network)
     steps = {name: 0.3 if weight.dim() > 1 else 0.01 for name, weight in weights.items()} | {"2.bias": 3e-30}
-    stored = round_in_turn(network, x, steps, Rounding(feedback_of(network)))
+    stored = stored_in_turn(network, x, steps, Rounding(feedback_of(network)))
     assert not entropy.decode(stored, {name: w.shape for name, w in weights.items()})["2.bias"].any()
 
 

@@ -413,9 +413,15 @@ def test_fixed_widths_are_rounded_with_care_unless_asked_otherwise(script, monke
     assert rows[1]["label"] == "Budget 4x (fixed)" and "rounding" not in rows[1]
     assert rows[0]["weights"] != rows[1]["weights"]
     assert load_model(careful["file"]).metadata["rounding"] == "feedback"
-    monkeypatch.setattr(budget_models, "rounding_feedback", lambda run, baseline: {})
-    *_, without = (row for row in script("--coding", "fixed", "--times", "4") if row["label"] == careful["label"])
-    assert without["weights"] != careful["weights"]
+    weights = {careful["weights"]}
+    for measured, nothing in (("rounding_feedback", {}), ("rounding_inputs", None)):
+        with monkeypatch.context() as patched:
+            patched.setattr(budget_models, measured, lambda run, baseline, nothing=nothing: nothing)
+            *_, without = (
+                row for row in script("--coding", "fixed", "--times", "4") if row["label"] == careful["label"]
+            )
+        weights.add(without["weights"])
+    assert len(weights) == 3
 
 
 def test_rounding_of_integers_goes_with_fixed_widths(script, capfd):

@@ -17,7 +17,7 @@ from common.formats import entropy
 from common.formats.packed import file_bytes, full_precision, load_model, save_model, tensor_shapes
 from common.presets import UNetConfig
 from common.study import codings, output_bias
-from common.study.codings import EntropyCoding, coded_model
+from common.study.codings import EntropyCoding, FixedWidths, coded_model
 from common.study.output_bias import OutputBiasFit, clipped_bias, measure_outputs, predict
 
 TINY = UNetConfig(channels=(4, 8, 16, 32, 32, 24), groups=4, heads=2, dropout=0.0, timesteps=1000)
@@ -216,6 +216,21 @@ def test_a_file_with_a_correction_keeps_to_its_limit(baseline, fit, monkeypatch)
     model = EntropyCoding(baseline, {}, bias=fit).fit(limit, values, {"label": "m"})
     assert model.config.output_bias == output_bias.MOST_MAPS
     assert 0.97 * limit < file_bytes(model) <= limit
+
+
+def test_fixed_widths_leave_room_for_all_maps_and_are_rounded_once(baseline, fit, monkeypatch):
+    monkeypatch.setattr(output_bias, "FILE_PER_MAP", 1)
+    times, once = [], codings.make_in_turn
+    monkeypatch.setattr(codings, "make_in_turn", lambda *given: times.append(None) or once(*given))
+    coding, values = FixedWidths(baseline, bias=fit), dict.fromkeys(baseline.state, 1.0)
+    least, most = coding.smallest({"label": "m"}), 2**20 * baseline.size_mib()
+    limits = np.geomspace(least + 8_000, most, 4).astype(int).tolist()
+    for limit in limits:
+        model = coding.fit(limit, values, {"label": "m"})
+        assert model.config.output_bias == output_bias.MOST_MAPS
+        assert 0.98 * limit < file_bytes(model) <= limit
+    assert len(times) == len(limits)
+    assert coding.fit(least + 1_000, values, {"label": "m"}).config == TINY  # no room for maps
 
 
 def test_a_file_has_as_many_maps_as_fit_beside_its_codes(baseline, fit):

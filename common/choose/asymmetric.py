@@ -49,8 +49,8 @@ def round_in_turn(
     """The layers that have feedback one after the other, as the network calls them on `samples`: each one's weight, and
     then its bias, becomes what `settle` makes of the best one for the inputs that there are, float64.
 
-    rounded: the network, all rounded, which has what was settled from then on; exact: `exact_inputs` of the exact one,
-    whose parameters are `weights`.
+    rounded: the rounded network, which is changed in place; exact: `exact_inputs` of the exact one, whose parameters
+    are `weights`.
     """
     layers = {name: rounded.get_submodule(name) for name in exact if f"{name}.weight" in feedback}
     state, settled = rounded.state_dict(), set()

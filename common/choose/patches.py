@@ -28,8 +28,8 @@ def patches_of(layer: nn.Module, x: torch.Tensor) -> Iterator[tuple[np.ndarray, 
 
 
 def windows_of(layer: nn.Module, x: torch.Tensor) -> Iterator[tuple[np.ndarray, torch.Tensor | slice, torch.Tensor]]:
-    """As `patches_of`, but patches are views of the input, (N, C, H, W, h, w), with H W = L and C h w = K: so that
-    those of some outputs can be taken without a copy of all."""
+    """As `patches_of`, but patches are views of the padded input, (N, C, H, W, h, w), with H W = L and C h w = K: so
+    that those of some outputs can be taken without a copy of all."""
     if isinstance(layer, nn.Linear):
         places = places_last(layer, x)
         yield np.arange(places.shape[1]), slice(None), places[:, :, :, None, None, None]

@@ -20,6 +20,8 @@ from common.formats.numbers import along, fake_quantize, stored_bytes
 from common.formats.packed import Model, Quantizer, file_bytes, full_precision, tensor_shapes
 from common.study.output_bias import BYTES_OF_A_MAP, OutputBiasFit, affordable_maps
 
+OFFSETS = 64  # bytes: what offsets in a header take more at most where the file is larger
+
 
 class Allocator(Protocol):
     """One coding of a baseline."""
@@ -51,7 +53,17 @@ class EntropyCoding:
         return file_bytes(coded_model(self.baseline, entropy.encode(zeros, dict.fromkeys(zeros, 1.0)), metadata))
 
     def fit(self, limit: int, values: dict[str, float], metadata: dict) -> Model:
-        return corrected(self.bias, limit, lambda limit: self._fit_weights(limit, values, metadata))
+        maps = affordable_maps(limit) if self.bias else 0
+        spare = maps * BYTES_OF_A_MAP
+        while maps:
+            try:
+                model = self.bias.correct(self._fit_weights(limit - spare, values, metadata), maps)
+            except BudgetError:
+                break
+            if (excess := file_bytes(model) - limit) <= 0:
+                return model
+            spare += excess
+        return self._fit_weights(limit, values, metadata)
 
     def _fit_weights(self, limit: int, values: dict[str, float], metadata: dict) -> Model:
         def size(stored) -> int:
@@ -118,9 +130,21 @@ class FixedWidths:
         return file_bytes(in_formats(self.baseline, self._narrowest(), metadata))
 
     def fit(self, limit: int, values: dict[str, float], metadata: dict) -> Model:
-        return corrected(self.bias, limit, lambda limit: self._fit_weights(limit, values, metadata))
+        maps = affordable_maps(limit) if self.bias else 0
+        narrowest = in_formats(self.baseline, self._narrowest(), metadata)
+        spare = self.bias.bytes_of(narrowest, maps) + OFFSETS if maps else 0
+        try:
+            formats = self._formats(limit - spare, values, metadata)
+        except BudgetError:
+            if not maps:
+                raise
+            maps, formats = 0, self._formats(limit, values, metadata)
+        make = partial(in_formats, formats=formats, metadata=metadata, quantizer=self.rounding.quantize)
+        model = make_in_turn(self.baseline, make, self.rounding, self.inputs)
+        return self.bias.correct(model, maps, limit) if maps else model
 
-    def _fit_weights(self, limit: int, values: dict[str, float], metadata: dict) -> Model:
+    def _formats(self, limit: int, values: dict[str, float], metadata: dict) -> dict[str, str]:
+        """Those of the least error in a file of so many bytes. Raises BudgetError."""
         shapes = tensor_shapes(self.baseline.config)
         axes = {name: axis for name, (_, axis) in shapes.items()}
         least = sum(stored_bytes(shapes[name][0], fmt, axes[name]) for name, fmt in self._narrowest().items())
@@ -130,8 +154,7 @@ class FixedWidths:
             there = file_bytes(in_formats(self.baseline, formats, metadata))  # however it is rounded
             excess = there - limit
             if excess <= 0:
-                make = partial(in_formats, formats=formats, metadata=metadata, quantizer=self.rounding.quantize)
-                return make_in_turn(self.baseline, make, self.rounding, self.inputs)
+                return formats
             if limit - header <= least:
                 raise BudgetError(there)
             header += excess
@@ -163,43 +186,28 @@ def make_in_turn(
     rounding: FixedRounding,
     inputs: tuple[torch.Tensor, ...] | None,
 ) -> Model:
-    """What `make` makes of the baseline whose layers are the best ones, one after the other, for what the layers before
-    them have become (`common.choose.asymmetric`); of the baseline itself without `inputs`.
+    """`make` of the baseline, each layer first replaced by the best one for the inputs that the layers before it leave,
+    as they are made (`common.choose.asymmetric`). Without `inputs`, `make(baseline)`.
 
-    make: gives each tensor its format, and integers by `rounding`.
+    make: gives each tensor its format, and integers by `rounding`. Layers whose format is a floating-point one are
+    replaced too.
     """
     model = make(baseline)
     if inputs is None:
         return model
     best, axes = dict(baseline.state), {name: axis for name, (_, axis) in tensor_shapes(baseline.config).items()}
 
+    @torch.inference_mode(False)  # whose tensors autograd would not take
     def settle(name: str, weight: torch.Tensor) -> torch.Tensor:
-        best[name], fmt = weight.float(), model.formats[name]
+        best[name] = weight.float()
+        fmt = model.formats[name]
         if fmt.startswith("int"):
             return rounding.quantize(name, best[name], fmt, axes[name]).dequantize()
         return fake_quantize(best[name], fmt, axes[name])
 
-    device = inputs[0].device
-    exact = exact_inputs(baseline.network().to(device), inputs)
-    round_in_turn(model.network().to(device), inputs, exact, baseline.state, rounding.feedback, settle)
-    best = {name: weight.clone() for name, weight in best.items()}  # of inference tensors, which autograd does not take
+    exact, rounded = (of.network().to(inputs[0].device) for of in (baseline, model))
+    round_in_turn(rounded, inputs, exact_inputs(exact, inputs), baseline.state, rounding.feedback, settle)
     return make(full_precision(baseline.config, best, baseline.metadata))
-
-
-def corrected(bias: OutputBiasFit | None, limit: int, fit: Callable[[int], Model]) -> Model:
-    """What `fit` makes in fewer bytes, with the maps of `bias` that a file of `limit` bytes can afford, if they fit.
-    Raises BudgetError."""
-    maps = affordable_maps(limit) if bias else 0
-    spare = maps * BYTES_OF_A_MAP
-    while maps:
-        try:
-            model = bias.correct(fit(limit - spare), maps)
-        except BudgetError:
-            break
-        if (excess := file_bytes(model) - limit) <= 0:
-            return model
-        spare += excess
-    return fit(limit)
 
 
 def coded_model(baseline: Model, stored: dict[str, torch.Tensor], metadata: dict) -> Model:

@@ -58,6 +58,12 @@ class OutputBiasFit:
         larger = (with_maps(model, lacks, count) for count in range(maps, 0, -1))
         return next((model for model in larger if file_bytes(model) <= limit), model)
 
+    def bytes_of(self, model: Model, maps: int) -> int:
+        """What so many maps take in the file of a model whose weights have formats of their own."""
+        nothing = np.zeros((len(self.timesteps), self.inputs[0, 0].numel()))
+        lacks = Lacks(nothing, np.ones(len(nothing)), np.zeros(len(nothing)) if self.contrast else None)
+        return file_bytes(with_maps(model, lacks, maps)) - file_bytes(model)
+
     @torch.inference_mode()
     def _lacks(self, model: Model) -> "Lacks":
         outputs = predict(model.network().to(self.inputs.device), self.inputs, self.timesteps, "bias")

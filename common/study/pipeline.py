@@ -80,7 +80,8 @@ def quantized_metadata(
 
 
 def uniform(run: Run, baseline: Model, rounding: str = "nearest") -> Model:
-    """Every weight of layers 1 to 6 in --format, its integers chosen by one of `presets.ROUNDINGS`."""
+    """Every weight of layers 1 to 6 in --format, its integers chosen by one of `presets.ROUNDINGS`. With feedback, the
+    other layers are adapted too, in FP32."""
     other = {} if rounding == "nearest" else {"rounding": rounding}
     metadata = quantized_metadata(run, baseline, "Uniform", published=PUBLISHED_UNIFORM, **other)
     by = FixedRounding(rounding, rounding_feedback(run, baseline) if rounding == "feedback" else {})
