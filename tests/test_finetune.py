@@ -163,6 +163,7 @@ def test_the_key_differs_with_all_that_the_result_depends_on(monkeypatch):
         (price, "ABSENT"),
         (price, "PROPORTIONAL"),
         (price, "INTEGRAL"),
+        (price, "RESPONSE"),
         (price, "FARTHEST"),
         (price, "MEMORY"),
         (quantized, "INSIDE"),

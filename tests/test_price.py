@@ -80,7 +80,7 @@ def follow(control, updates, rate, first):
     return sizes
 
 
-@pytest.mark.parametrize("rate", [6e-4, 1e-3, 2e-3])
+@pytest.mark.parametrize("rate", [2e-4, 4e-4, 8e-4, 2e-3])
 def test_the_size_follows_the_ramp_and_hardly_overshoots(rate):
     control = SizeControl(1000.0, 1000, 4000)
     sizes = follow(control, 1000, rate, 1300.0)
@@ -88,7 +88,17 @@ def test_the_size_follows_the_ramp_and_hardly_overshoots(rate):
     assert control.wanted(500) == control.wanted(999) == 1000
     for i, size in enumerate(sizes[50:], start=50):
         assert size == pytest.approx(control.wanted(i), rel=0.03)
-    assert 0.98 < min(sizes) / 1000 < 1.001 and sizes[-1] < 1005
+    assert 0.993 < min(sizes) / 1000 < 1.001 and sizes[-1] < 1005
+    if rate == price.RESPONSE:
+        assert min(sizes) > 998
+
+
+def test_on_a_steep_ramp_the_price_is_what_its_slope_needs():
+    control = SizeControl(1000.0, 100, 4000, start=2000.0, error=1e-3)
+    control.take_bits(25, 8 * control.wanted(25), 0.5)
+    needed = math.log(control.wanted(25) / control.wanted(26)) / 0.5
+    best = 2 * math.log(2) * 1e-3 / 4000
+    assert control.excess == pytest.approx(0) and control.price / best - 1 == pytest.approx(needed / price.RESPONSE)
 
 
 def test_on_the_ramp_a_bit_costs_what_it_is_worth_at_the_best_there_is():

@@ -29,7 +29,7 @@ from common.training.loop import SAVE_SECONDS
 from common.training.price import SizeControl
 from common.training.quantized import Quantized, start_from
 
-METHOD_VERSION = 6  # grows whenever `finetune`, or what draws its inputs, comes to give other weights
+METHOD_VERSION = 7  # grows whenever `finetune`, or what draws its inputs, comes to give other weights
 RATE, STEP_RATE = 0.004, 0.0005  # of Adam: of latent weights, in steps; of the logarithms of steps
 WARMUP = 0.05  # of the updates: Adam's first ones are all of full length
 RECOUNT = 10  # of REFRESH, from one file that is made to the next ..
@@ -45,7 +45,7 @@ def state_key(network: str, weights: str, steps: dict[str, Step], data: str, see
     """
     method = [METHOD_VERSION, RATE, STEP_RATE, WARMUP, quantized.INSIDE, PARTS]
     method += [REFRESH, RECOUNT, RECOUNT_WEIGHTS, SPARE]
-    method += [price.ABSENT, price.PROPORTIONAL, price.INTEGRAL, price.FARTHEST, price.MEMORY]
+    method += [price.ABSENT, price.PROPORTIONAL, price.INTEGRAL, price.RESPONSE, price.FARTHEST, price.MEMORY]
     method += [finetune_inputs.BATCH, finetune_inputs.STATES, finetune_inputs.SAMPLER, finetune_inputs.STEPS]
     method += [finetune_inputs.IMAGES]
     method += [torch.__version__]

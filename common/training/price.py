@@ -17,6 +17,7 @@ from common.formats.entropy_tables import DIRECT, groups_of
 TABLED_REACH = 2**16  # codes beyond it count as it
 ABSENT = 0.5  # occurrences that a code which does not occur counts as: it costs one bit more than the rarest
 PROPORTIONAL, INTEGRAL = 60.0, 4.0  # of `SizeControl`
+RESPONSE = 4e-4  # by which log(size) falls in an update at full speed where a bit costs twice what it is worth
 MEMORY = 0.98  # of the running mean of the loss, from one update to the next
 FARTHEST = 0.1  # excess that it answers to: where the weights are too slow for the ramp, no price makes them faster
 
@@ -75,7 +76,7 @@ class SizeControl:
 
     weights: how many; start, size: bytes of the file, at first and when last observed; overhead: of these, what the
     lengths of the codes do not say; error: running mean of the loss; base: logarithm of the multiple where the size is
-    on the ramp; excess: log(size / ramp).
+    on a ramp without slope; slope: what the ramp's adds to that; excess: log(size / ramp).
     """
 
     end: float
@@ -86,6 +87,7 @@ class SizeControl:
     overhead: float = 0.0
     error: float = 0.0
     base: float = 0.0
+    slope: float = 0.0
     excess: float = 0.0
 
     def wanted(self, update: int) -> float:
@@ -103,8 +105,11 @@ class SizeControl:
             self.start = self.size
         self.excess = max(-FARTHEST, min(FARTHEST, math.log(self.size / self.wanted(update))))
         self.base += INTEGRAL * speed * self.excess
+        self.slope = math.log1p(math.log(self.wanted(update) / self.wanted(update + 1)) / (RESPONSE * speed))
 
     @property
     def price(self) -> float:
         """Of a bit, in units of the loss."""
-        return 2 * math.log(2) * self.error / self.weights * math.exp(self.base + PROPORTIONAL * self.excess)
+        return (
+            2 * math.log(2) * self.error / self.weights * math.exp(self.base + self.slope + PROPORTIONAL * self.excess)
+        )
