@@ -99,6 +99,9 @@ def test_on_a_steep_ramp_the_price_is_what_its_slope_needs():
     needed = math.log(control.wanted(25) / control.wanted(26)) / 0.5
     best = 2 * math.log(2) * 1e-3 / 4000
     assert control.excess == pytest.approx(0) and control.price / best - 1 == pytest.approx(needed / price.RESPONSE)
+    rising = SizeControl(1000.0, 100, 4000, start=900.0, error=1e-3)
+    rising.take_bits(25, 8 * rising.wanted(25), 0.5)
+    assert rising.price / best == pytest.approx(1)
 
 
 def test_on_the_ramp_a_bit_costs_what_it_is_worth_at_the_best_there_is():

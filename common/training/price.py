@@ -105,11 +105,11 @@ class SizeControl:
             self.start = self.size
         self.excess = max(-FARTHEST, min(FARTHEST, math.log(self.size / self.wanted(update))))
         self.base += INTEGRAL * speed * self.excess
-        self.slope = math.log1p(math.log(self.wanted(update) / self.wanted(update + 1)) / (RESPONSE * speed))
+        fall = max(0.0, math.log(self.wanted(update) / self.wanted(update + 1)))
+        self.slope = math.log1p(fall / (RESPONSE * speed))
 
     @property
     def price(self) -> float:
         """Of a bit, in units of the loss."""
-        return (
-            2 * math.log(2) * self.error / self.weights * math.exp(self.base + self.slope + PROPORTIONAL * self.excess)
-        )
+        worth = 2 * math.log(2) * self.error / self.weights
+        return worth * math.exp(self.base + self.slope + PROPORTIONAL * self.excess)
