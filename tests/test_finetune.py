@@ -170,7 +170,7 @@ def test_the_key_differs_with_all_that_the_result_depends_on(monkeypatch):
     ]
     for module, name in constants:
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, 7)
+            patch.setattr(module, name, 77)
             keys.append(finetuning.state_key(**settings))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "9.9")
