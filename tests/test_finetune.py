@@ -181,7 +181,7 @@ def test_the_key_differs_with_all_that_the_result_depends_on(monkeypatch):
 
 CONTROL = {
     "end": 1000 * (1 - finetuning.SPARE), "updates": 20, "start": 100.0, "size": 100.0, "overhead": 90.0,
-    "weights": 1, "error": 0.1, "base": 0.0, "excess": 0.0,
+    "weights": 1, "error": 0.1, "base": 0.0, "slope": 0.0, "excess": 0.0,
 }  # fmt: skip
 GOOD = {f"{kind}/{name}": value for name, value in (("latent/a", torch.tensor([7.0])), ("log-step/a", torch.zeros(())))
         for kind, value in (("exp_avg", 0 * value), ("exp_avg_sq", 0 * value), ("step", torch.tensor(10.0)))
