@@ -364,6 +364,8 @@ def test_a_script_takes_a_model_and_images(folders, pictures, tiny_preset, tmp_p
     (alone,) = ResultStore(Path("again/results.jsonl")).rows()[-1:]
     assert (alone.weights, alone.fid_unbiased) == (budget.weights, budget.fid_unbiased)
     assert "Budget 3x (entropy)" in run(report, *model)
+    fed = run(simplediffusion, *model, *given, "--format", "int4", "--rounding", "feedback")
+    assert "Uniform (INT4, feedback)" in fed
     assert "INT4 at timesteps" in run(timesteps, *model, *given, "--format", "int4")
     measured = run(sensitivity, *model, "--data", pictures, "--formats", "int4", "--digits", 4, "--device", "cpu")
     assert "up_blocks.1" in measured and "Model pipeline" in measured
