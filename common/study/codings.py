@@ -131,8 +131,9 @@ class FixedWidths:
 
     def fit(self, limit: int, values: dict[str, float], metadata: dict) -> Model:
         maps = affordable_maps(limit) if self.bias else 0
-        narrowest = in_formats(self.baseline, self._narrowest(), metadata)
-        spare = self.bias.bytes_of(narrowest, maps) + OFFSETS if maps else 0
+        spare = 0
+        if maps:
+            spare = self.bias.bytes_of(in_formats(self.baseline, self._narrowest(), metadata), maps) + OFFSETS
         try:
             formats = self._formats(limit - spare, values, metadata)
         except BudgetError:
@@ -145,8 +146,7 @@ class FixedWidths:
 
     def _formats(self, limit: int, values: dict[str, float], metadata: dict) -> dict[str, str]:
         """Those of the least error in a file of so many bytes. Raises BudgetError."""
-        shapes = tensor_shapes(self.baseline.config)
-        axes = {name: axis for name, (_, axis) in shapes.items()}
+        shapes, axes = tensor_shapes(self.baseline.config), _axes(self.baseline)
         least = sum(stored_bytes(shapes[name][0], fmt, axes[name]) for name, fmt in self._narrowest().items())
         header = 0
         while True:  # until the header, whose length follows from the formats, fits too
@@ -161,8 +161,7 @@ class FixedWidths:
 
     @cached_property
     def _errors(self) -> dict[str, dict[str, float]]:
-        axes = {name: axis for name, (_, axis) in tensor_shapes(self.baseline.config).items()}
-        return allocation.format_errors(self.baseline.state, axes, self.rounding)
+        return allocation.format_errors(self.baseline.state, _axes(self.baseline), self.rounding)
 
     def _narrowest(self) -> dict[str, str]:
         """The format of fewest bytes of each tensor."""
@@ -170,6 +169,11 @@ class FixedWidths:
             name: min(WIDTHS if len(shape) > 1 else WIDTHS[-2:], key=lambda fmt: stored_bytes(shape, fmt, axis))
             for name, (shape, axis) in tensor_shapes(self.baseline.config).items()
         }
+
+
+def _axes(model: Model) -> dict[str, int]:
+    """{tensor: its axis of output channels}"""
+    return {name: axis for name, (_, axis) in tensor_shapes(model.config).items()}
 
 
 def in_formats(baseline: Model, formats: dict[str, str], metadata: dict, quantizer: Quantizer | None = None) -> Model:
@@ -195,7 +199,7 @@ def make_in_turn(
     model = make(baseline)
     if inputs is None:
         return model
-    best, axes = dict(baseline.state), {name: axis for name, (_, axis) in tensor_shapes(baseline.config).items()}
+    best, axes = dict(baseline.state), _axes(baseline)
 
     @torch.inference_mode(False)  # whose tensors autograd would not take
     def settle(name: str, weight: torch.Tensor) -> torch.Tensor:

@@ -69,10 +69,10 @@ class SizeControl:
     """Moves the price of a bit so that the file follows a ramp to `end` bytes over the first half of `updates`.
 
     The ramp is geometric, without slope at both ends. At the best there is the squared error falls as 2^(-2 bits per
-    weight), so that a bit more is worth 2 ln(2) / weights of the error; the price is a multiple of that, and the
-    logarithm of the multiple follows that of size / ramp and its sum. Codes that have shrunk hardly grow back, so it
-    must not overshoot: the size answers to the price about as a sum does, at a rate of some ten-thousandths an update,
-    and at that rate these constants damp it.
+    weight), so that a bit more is worth 2 ln(2) / weights of the error; the price is a multiple of that. Codes that
+    have shrunk hardly grow back, so the size must not overshoot. It answers to the price about as a sum does, at the
+    rate `RESPONSE`. The multiple is what the slope of the ramp needs at that rate; for what is left, its logarithm
+    follows log(size / ramp) and its sum.
 
     weights: how many; start, size: bytes of the file, at first and when last observed; overhead: of these, what the
     lengths of the codes do not say; error: running mean of the loss; base: logarithm of the multiple where the size is
